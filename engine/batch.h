@@ -1,0 +1,46 @@
+// The flat arrays of one step: which tokens run, where they stand, which of them want logits. Made by the scheduler, executed by every
+// rank; plain vectors, so that it can be sent to followers on other nodes and replayed.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/sampling.h"
+
+namespace memserve::engine {
+
+struct Batch {
+  int64_t step = 0;
+
+  // One entry for each token, tokens of a sequence in order.  [num_tokens]
+  std::vector<int32_t> token_ids;
+  std::vector<int32_t> from_slot;   // >= 0: the token is what this logit slot of the step before sampled; else -1
+  std::vector<int32_t> positions;   // in its sequence
+  std::vector<int32_t> sequence;    // row of block_tables and of the per-sequence arrays
+  std::vector<int64_t> kv_slots;    // where its key and value go: page · page_size + place in it
+
+  // One entry for each sequence.  [num_sequences]
+  std::vector<int32_t> memory_knn;  // rows per memory head: mem_knn, or 0 with the memory off
+  int64_t pages_per_sequence = 0;
+  std::vector<int32_t> block_tables;  // [num_sequences, pages_per_sequence], -1 beyond a sequence's pages
+
+  // One entry for each token that wants logits: first those that sample, then those that are scored.  [num_slots]
+  std::vector<int32_t> logit_tokens;               // index of the token
+  std::vector<kernels::SamplingSlot> sampling;     // [slots that sample]
+  std::vector<int32_t> score_targets;              // [slots that are scored]: the token whose log-probability is asked for
+
+  int64_t num_tokens() const { return static_cast<int64_t>(token_ids.size()); }
+  int64_t num_sequences() const { return static_cast<int64_t>(memory_knn.size()); }
+  int64_t num_slots() const { return static_cast<int64_t>(logit_tokens.size()); }
+  int64_t num_sampled() const { return static_cast<int64_t>(sampling.size()); }
+};
+
+// What a step gives back.
+struct StepResult {
+  std::vector<int32_t> tokens;         // [slots that sample]
+  std::vector<float> logprobs;         // [slots that sample], of the token drawn
+  std::vector<float> score_logprobs;   // [slots that are scored]
+  std::vector<int32_t> score_greedy;   // [slots that are scored]: 1 where the target is the first choice
+};
+
+}  // namespace memserve::engine

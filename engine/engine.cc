@@ -1,0 +1,673 @@
+#include "engine/engine.h"
+
+#include <sys/random.h>
+
+#include <algorithm>
+#include <deque>
+#include <thread>
+#include <utility>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "engine/executor.h"
+#include "engine/kv_cache.h"
+#include "engine/model/json.h"
+#include "engine/model/load_macros.h"
+#include "engine/output_stream.h"
+#include "engine/scheduler.h"
+#include "engine/start_plan.h"
+#include "engine/tokenizer/tokenizer.h"
+#include "engine/tokenizer/utf8.h"
+#include "engine/validate.h"
+#include "engine/work_queue.h"
+#include "spdlog/spdlog.h"
+
+namespace memserve::engine {
+
+// Gathers the scores of one request's continuations. Engine thread only.
+struct ScoreState {
+  ScoreCallback callback;
+  ScoreResult result;
+  int remaining = 0;  // continuations that have not ended
+};
+
+namespace {
+
+constexpr int64_t kMaxConfigBytes = 4 << 20;
+constexpr int kOutputThreads = 1;  // more would not keep a stream's deltas in order
+
+uint64_t RandomBits() {
+  uint64_t bits = 0;
+  while (getrandom(&bits, sizeof(bits), 0) != sizeof(bits)) {
+  }
+  return bits;
+}
+
+// A folder's files and what they say, before any weight is read.
+struct LoadedConfig {
+  ModelConfig model;
+  GenerationConfig generation;
+  std::unique_ptr<Checkpoint> checkpoint;
+  std::unique_ptr<Tokenizer> tokenizer;  // null: none
+};
+
+absl::StatusOr<LoadedConfig> ReadCheckpointFolder(const std::string& folder) {
+  LoadedConfig loaded;
+  if (folder.empty()) return absl::InvalidArgumentError("checkpoint: no folder was given");
+  const std::string config = absl::StrCat(folder, "/config.json");
+  LOAD_OR_RETURN(const std::string text, ReadFile(config, kMaxConfigBytes));
+  LOAD_OR_RETURN(loaded.model, ParseModelConfig(text, config));
+  const std::string generation = absl::StrCat(folder, "/generation_config.json");
+  absl::StatusOr<std::string> generation_text = ReadFile(generation, kMaxConfigBytes);
+  if (generation_text.ok()) {
+    LOAD_OR_RETURN(loaded.generation, ParseGenerationConfig(*generation_text, generation));
+  } else if (!absl::IsNotFound(generation_text.status())) {
+    return generation_text.status();
+  }
+  LOAD_OR_RETURN(loaded.checkpoint, Checkpoint::Open(folder));
+  LOAD_OR_RETURN(loaded.tokenizer, LoadTokenizer(folder, loaded.model.tokenizer, loaded.model.vocab_size));
+  return loaded;
+}
+
+std::string FolderName(std::string folder) {
+  while (folder.size() > 1 && folder.back() == '/') folder.pop_back();
+  return folder.substr(folder.rfind('/') + 1);
+}
+
+ModelInfo Describe(const EngineOptions& options, const LoadedConfig& loaded, const StartPlan& plan, const Executor& executor) {
+  const ModelConfig& config = loaded.model;
+  ModelInfo info;
+  info.name = options.model_name.empty() ? FolderName(options.checkpoint) : options.model_name;
+  info.architecture = "memory_llama";
+  info.vocab_size = config.vocab_size;
+  info.max_context_tokens = static_cast<int>(plan.executor.rank.max_context_tokens);
+  info.dim = config.dim;
+  info.n_layers = config.n_layers;
+  info.n_heads = config.n_heads;
+  info.n_kv_heads = config.n_kv_heads;
+  for (const auto& [name, tensor] : loaded.checkpoint->tensors()) {
+    if (name.find(".feed_forward.values") != std::string::npos) continue;
+    int64_t parameters = 1;
+    for (int64_t extent : tensor.shape) parameters *= extent;
+    info.trunk_parameters += parameters;
+  }
+  for (const auto& table : executor.first_rank().model().value_tables()) {
+    ValueTableInfo held = {.name = table->tensor,
+                           .layers = table->layers,
+                           .rows = table->rows,
+                           .dim = static_cast<int>(table->dim),
+                           .format = kernels::NameOf(plan.executor.rank.types.table),
+                           .placement = table->values->placement()};
+    for (const auto& rank : executor.ranks()) {
+      for (const auto& share : rank->model().value_tables()) {
+        if (share->tensor != table->tensor) continue;
+        held.bytes += share->values->bytes() + (share->values_u == nullptr ? 0 : share->values_u->bytes());
+      }
+    }
+    info.value_tables.push_back(std::move(held));
+  }
+  info.eos_token_ids = loaded.generation.eos_token_ids;
+  info.bos_token_id = loaded.generation.bos_token_id;
+  if (loaded.tokenizer != nullptr) {
+    if (info.eos_token_ids.empty() && loaded.tokenizer->eos_id()) info.eos_token_ids.push_back(*loaded.tokenizer->eos_id());
+    if (!info.bos_token_id) info.bos_token_id = loaded.tokenizer->bos_id();
+  }
+  info.tokenizer = loaded.tokenizer == nullptr ? "none" : std::string(loaded.tokenizer->name());
+  info.backend = executor.first_rank().backend().name();
+  info.isa = executor.first_rank().backend().isa();
+  info.weight_dtype = kernels::NameOf(plan.executor.rank.types.weight);
+  info.activation_dtype = kernels::NameOf(plan.executor.rank.types.activation);
+  info.kv_dtype = kernels::NameOf(plan.executor.rank.kv_dtype);
+  info.devices = plan.executor.ranks;
+  return info;
+}
+
+void LogPlan(const StartPlan& plan) {
+  spdlog::info("plan: weights {}, value tables {} (held once), KV cache {} ({} pages of {} tokens), scratch {}: {} of {} available",
+               FormatBytes(plan.Sum(&RankPlan::weight_bytes)), FormatBytes(plan.Sum(&RankPlan::table_bytes)),
+               FormatBytes(plan.Sum(&RankPlan::kv_bytes)), plan.executor.rank.kv_pages, plan.executor.rank.kv_page_size,
+               FormatBytes(plan.Sum(&RankPlan::scratch_bytes)), FormatBytes(plan.total()), FormatBytes(plan.available_bytes));
+  const std::vector<std::string>& unused = plan.ranks.front().unused_tensors;
+  if (unused.empty()) return;
+  const size_t shown = std::min<size_t>(unused.size(), 5);
+  spdlog::warn("{} tensors of the checkpoint are not part of the model and are left out: {}{}", unused.size(),
+               absl::StrJoin(unused.begin(), unused.begin() + static_cast<int64_t>(shown), ", "), unused.size() > shown ? ", …" : "");
+}
+
+class EngineImpl final : public Engine {
+ public:
+  // `config` is the one that the executor's layers refer to.
+  EngineImpl(const EngineOptions& options, LoadedConfig loaded, const StartPlan& plan, std::unique_ptr<Executor> executor,
+             std::unique_ptr<const ModelConfig> config)
+      : options_(options),
+        model_config_(std::move(config)),
+        config_(*model_config_),
+        generation_(std::move(loaded.generation)),
+        tokenizer_(std::move(loaded.tokenizer)),
+        executor_(std::move(executor)),
+        cache_(plan.executor.rank.kv_pages, plan.executor.rank.kv_page_size),
+        most_requests_(options.max_waiting + plan.executor.rank.max_sequences),
+        scheduler_({.max_batch_tokens = plan.executor.rank.max_tokens, .max_sequences = plan.executor.rank.max_sequences}, &cache_),
+        step_depth_(options.step_depth > 0 ? options.step_depth : 1) {}
+
+  void Start(ModelInfo info) {
+    info_ = std::move(info);
+    limits_ = {.vocab_size = config_.vocab_size,
+               .max_context_tokens = info_.max_context_tokens,
+               .max_prompt_bytes = options_.max_prompt_bytes,
+               .has_tokenizer = tokenizer_ != nullptr};
+    output_ = std::make_unique<WorkQueue>(kOutputThreads);
+    tokenizing_ = std::make_unique<WorkQueue>(options_.tokenizer_threads);
+    UpdateLoad();
+    thread_ = std::thread([this] { Run(); });
+  }
+
+  ~EngineImpl() override {
+    {
+      kernels::MutexLock lock(mutex_);
+      draining_ = true;
+    }
+    EndAll(absl::StatusCode::kUnavailable);
+    tokenizing_.reset();
+    {
+      kernels::MutexLock lock(mutex_);
+      stopping_ = true;
+      wake_.NotifyAll();
+    }
+    thread_.join();
+    output_.reset();
+  }
+
+  std::string Generate(GenerateRequest request, std::shared_ptr<GenerateListener> listener) override;
+  std::string Score(ScoreRequest request, ScoreCallback callback) override;
+  bool Cancel(const std::string& id) override;
+  void Tokenize(std::string text, bool add_bos, std::function<void(absl::StatusOr<std::vector<int32_t>>)> callback) override;
+  void Detokenize(std::vector<int32_t> token_ids, bool keep_special,
+                  std::function<void(absl::StatusOr<std::string>)> callback) override;
+  const ModelInfo& model() const override { return info_; }
+  Load load() const override {
+    kernels::MutexLock lock(mutex_);
+    Load load = load_;
+    load.draining = draining_;
+    return load;
+  }
+  absl::Status status() const override {
+    kernels::MutexLock lock(mutex_);
+    return failure_;
+  }
+  void Drain(absl::Duration limit) override;
+
+ private:
+  // --- any thread
+  // A control block under the request's id, or why the request cannot be taken.
+  absl::StatusOr<std::shared_ptr<RequestControl>> Register(std::string id, absl::Time deadline);
+  void Unregister(const std::string& id);
+  void EndAll(absl::StatusCode code);
+  void Submit(std::vector<std::shared_ptr<Sequence>> sequences);
+
+  // --- tokenizer threads
+  absl::StatusOr<std::vector<int32_t>> TokensOf(const Prompt& prompt, bool add_bos) const;
+  absl::StatusOr<std::shared_ptr<Sequence>> BuildSequence(const GenerateRequest& request, std::shared_ptr<RequestControl> control,
+                                                          std::shared_ptr<GenerateListener> listener);
+  absl::StatusOr<std::vector<std::shared_ptr<Sequence>>> BuildSequences(const ScoreRequest& request,
+                                                                        std::shared_ptr<RequestControl> control, ScoreCallback callback);
+  absl::Status CheckFits(const Sequence& sequence) const;
+
+  // --- engine thread
+  void Run();
+  bool TakeInbox();  // false: stopping, and nothing is left
+  void EndMarked(absl::Time now);
+  void Collect();
+  void OnDrawn(const std::shared_ptr<Sequence>& sequence, int32_t token, float logprob, absl::Time now);
+  void OnScored(const std::shared_ptr<Sequence>& sequence, float logprob, bool greedy);
+  void End(const std::shared_ptr<Sequence>& sequence, EngineEnd end);
+  void Deliver(const std::shared_ptr<Sequence>& sequence, EngineEnd end);
+  void Fail(const absl::Status& status);
+  void UpdateLoad();
+  absl::Status EndStatus(const RequestControl& control) const;
+
+  const EngineOptions options_;
+  const std::unique_ptr<const ModelConfig> model_config_;
+  const ModelConfig& config_;
+  const GenerationConfig generation_;
+  const std::unique_ptr<Tokenizer> tokenizer_;
+  const std::unique_ptr<Executor> executor_;
+  ModelInfo info_;
+  RequestLimits limits_;
+
+  // Engine thread only (but for the sizes of the cache, which never change).
+  KvCache cache_;
+  const int64_t most_requests_;
+  Scheduler scheduler_;
+  const int step_depth_;
+  std::deque<StepPlan> in_flight_;
+  int64_t steps_ = 0;
+  int64_t prompt_tokens_ = 0;
+  int64_t completion_tokens_ = 0;
+  absl::Duration last_step_;
+  absl::Time step_begin_;
+  // What this step gives the output thread: one task for all.
+  std::vector<std::function<void()>> outputs_;
+
+  mutable kernels::Mutex mutex_;
+  kernels::CondVar wake_;     // the engine thread waits for work
+  kernels::CondVar drained_;  // Drain waits for the registry to empty
+  std::vector<std::shared_ptr<Sequence>> inbox_ ABSL_GUARDED_BY(mutex_);
+  absl::flat_hash_map<std::string, std::shared_ptr<RequestControl>> registry_ ABSL_GUARDED_BY(mutex_);
+  bool draining_ ABSL_GUARDED_BY(mutex_) = false;
+  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  absl::Status failure_ ABSL_GUARDED_BY(mutex_);
+  Load load_ ABSL_GUARDED_BY(mutex_);
+
+  std::unique_ptr<WorkQueue> output_;
+  std::unique_ptr<WorkQueue> tokenizing_;
+  std::thread thread_;
+};
+
+// ---------------------------------------------------------------- any thread
+
+absl::StatusOr<std::shared_ptr<RequestControl>> EngineImpl::Register(std::string id, absl::Time deadline) {
+  auto control = std::make_shared<RequestControl>();
+  control->id = id.empty() ? absl::StrCat("memserve-", absl::Hex(RandomBits(), absl::kZeroPad16)) : std::move(id);
+  control->deadline = deadline;
+  control->arrival = absl::Now();
+  if (deadline <= control->arrival) return absl::DeadlineExceededError("the deadline had passed on arrival");
+  kernels::MutexLock lock(mutex_);
+  if (!failure_.ok()) return absl::UnavailableError(failure_.message());
+  if (draining_) return absl::UnavailableError("the server is draining");
+  if (static_cast<int64_t>(registry_.size()) >= most_requests_) {
+    return absl::ResourceExhaustedError(absl::StrCat("max_waiting: ", registry_.size(), " requests are running or waiting; at most ",
+                                                     most_requests_, " are taken"));
+  }
+  if (!registry_.emplace(control->id, control).second) {
+    return absl::AlreadyExistsError(absl::StrCat("request_id: '", control->id, "' is running"));
+  }
+  return control;
+}
+
+void EngineImpl::Unregister(const std::string& id) {
+  kernels::MutexLock lock(mutex_);
+  registry_.erase(id);
+  if (registry_.empty()) drained_.NotifyAll();
+}
+
+void EngineImpl::EndAll(absl::StatusCode code) {
+  kernels::MutexLock lock(mutex_);
+  for (const auto& [id, control] : registry_) control->End(code);
+  wake_.NotifyAll();
+}
+
+bool EngineImpl::Cancel(const std::string& id) {
+  kernels::MutexLock lock(mutex_);
+  const auto it = registry_.find(id);
+  if (it == registry_.end()) return false;
+  it->second->End(absl::StatusCode::kCancelled);
+  wake_.NotifyAll();
+  return true;
+}
+
+void EngineImpl::Submit(std::vector<std::shared_ptr<Sequence>> sequences) {
+  kernels::MutexLock lock(mutex_);
+  for (std::shared_ptr<Sequence>& sequence : sequences) inbox_.push_back(std::move(sequence));
+  wake_.NotifyAll();
+}
+
+std::string EngineImpl::Generate(GenerateRequest request, std::shared_ptr<GenerateListener> listener) {
+  const auto refuse = [&](const absl::Status& status) {
+    output_->Add([listener, status] { listener->OnFinished(status); });
+    return request.id;
+  };
+  if (absl::Status s = Validate(request, limits_); !s.ok()) return refuse(s);
+  absl::StatusOr<std::shared_ptr<RequestControl>> control = Register(request.id, request.deadline);
+  if (!control.ok()) return refuse(control.status());
+  tokenizing_->Add([this, request = std::move(request), control = *control, listener = std::move(listener)]() mutable {
+    absl::StatusOr<std::shared_ptr<Sequence>> sequence = BuildSequence(request, control, listener);
+    if (sequence.ok()) {
+      Submit({*std::move(sequence)});
+      return;
+    }
+    output_->Add([this, control, listener, status = sequence.status()] {
+      Unregister(control->id);
+      listener->OnFinished(status);
+    });
+  });
+  return (*control)->id;
+}
+
+std::string EngineImpl::Score(ScoreRequest request, ScoreCallback callback) {
+  const auto refuse = [&](const absl::Status& status) {
+    output_->Add([callback, status] { callback(status); });
+    return request.id;
+  };
+  if (absl::Status s = Validate(request, limits_); !s.ok()) return refuse(s);
+  absl::StatusOr<std::shared_ptr<RequestControl>> control = Register(request.id, request.deadline);
+  if (!control.ok()) return refuse(control.status());
+  tokenizing_->Add([this, request = std::move(request), control = *control, callback = std::move(callback)]() mutable {
+    absl::StatusOr<std::vector<std::shared_ptr<Sequence>>> sequences = BuildSequences(request, control, callback);
+    if (sequences.ok()) {
+      Submit(*std::move(sequences));
+      return;
+    }
+    output_->Add([this, control, callback, status = sequences.status()] {
+      Unregister(control->id);
+      callback(status);
+    });
+  });
+  return (*control)->id;
+}
+
+void EngineImpl::Tokenize(std::string text, bool add_bos, std::function<void(absl::StatusOr<std::vector<int32_t>>)> callback) {
+  tokenizing_->Add([this, text = std::move(text), add_bos, callback = std::move(callback)] {
+    if (tokenizer_ == nullptr) return callback(absl::UnimplementedError("text: the checkpoint has no tokenizer"));
+    if (static_cast<int64_t>(text.size()) > options_.max_prompt_bytes) {
+      return callback(absl::InvalidArgumentError(
+          absl::StrCat("text: has ", text.size(), " bytes; this server accepts ", options_.max_prompt_bytes)));
+    }
+    callback(TokensOf(Prompt(text), add_bos));
+  });
+}
+
+void EngineImpl::Detokenize(std::vector<int32_t> token_ids, bool keep_special,
+                            std::function<void(absl::StatusOr<std::string>)> callback) {
+  tokenizing_->Add([this, ids = std::move(token_ids), keep_special, callback = std::move(callback)] {
+    if (tokenizer_ == nullptr) return callback(absl::UnimplementedError("token_ids: the checkpoint has no tokenizer"));
+    for (size_t i = 0; i < ids.size(); ++i) {
+      if (ids[i] >= 0 && ids[i] < config_.vocab_size) continue;
+      return callback(absl::InvalidArgumentError(
+          absl::StrCat("token_ids: id ", ids[i], " at index ", i, " is not in [0, ", config_.vocab_size, ")")));
+    }
+    callback(ToValidUtf8(tokenizer_->Decode(ids, keep_special)));
+  });
+}
+
+void EngineImpl::Drain(absl::Duration limit) {
+  const absl::Time until = absl::Now() + limit;
+  {
+    kernels::MutexLock lock(mutex_);
+    draining_ = true;
+    while (!registry_.empty() && absl::Now() < until) {
+      drained_.WaitFor(mutex_, absl::ToChronoNanoseconds(std::min(until - absl::Now(), absl::Seconds(3600))));
+    }
+    if (registry_.empty()) return;
+  }
+  EndAll(absl::StatusCode::kUnavailable);
+  kernels::MutexLock lock(mutex_);
+  while (!registry_.empty()) drained_.Wait(mutex_);
+}
+
+// ---------------------------------------------------------------- tokenizer threads
+
+absl::StatusOr<std::vector<int32_t>> EngineImpl::TokensOf(const Prompt& prompt, bool add_bos) const {
+  if (const auto* ids = std::get_if<std::vector<int32_t>>(&prompt)) return *ids;
+  LOAD_OR_RETURN(std::vector<int32_t> ids, tokenizer_->Encode(std::get<std::string>(prompt)));
+  if (add_bos && info_.bos_token_id) ids.insert(ids.begin(), *info_.bos_token_id);
+  return ids;
+}
+
+absl::Status EngineImpl::CheckFits(const Sequence& sequence) const {
+  const int64_t pages = cache_.PagesFor(sequence.most_tokens());
+  if (pages <= cache_.total()) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("prompt: with what follows it comes to ", sequence.most_tokens(), " tokens, ", pages,
+                                                 " pages; the KV cache has ", cache_.total()));
+}
+
+absl::StatusOr<std::shared_ptr<Sequence>> EngineImpl::BuildSequence(const GenerateRequest& request,
+                                                                    std::shared_ptr<RequestControl> control,
+                                                                    std::shared_ptr<GenerateListener> listener) {
+  auto sequence = std::make_shared<Sequence>();
+  Sequence& s = *sequence;
+  s.control = control;
+  LOAD_OR_RETURN(s.tokens, TokensOf(request.prompt, request.add_bos.value_or(true)));
+  s.prompt_tokens = static_cast<int64_t>(s.tokens.size());
+  if (absl::Status status = ValidatePromptLength(s.prompt_tokens, limits_.max_context_tokens); !status.ok()) return status;
+
+  const int64_t room = std::min<int64_t>(limits_.max_context_tokens, cache_.total() * cache_.page_size() + 1) - s.prompt_tokens;
+  const int64_t wanted = request.stop.max_tokens.value_or(generation_.max_new_tokens.value_or(limits_.max_context_tokens));
+  s.max_draws = std::max<int64_t>(1, std::min(wanted, room));
+  if (!request.stop.ignore_eos) s.stop_ids = info_.eos_token_ids;
+  s.stop_ids.insert(s.stop_ids.end(), request.stop.token_ids.begin(), request.stop.token_ids.end());
+  s.temperature = request.sampling.temperature.value_or(generation_.temperature.value_or(0.0f));
+  s.top_k = request.sampling.top_k.value_or(generation_.top_k.value_or(0));
+  s.top_p = request.sampling.top_p.value_or(generation_.top_p.value_or(1.0f));
+  s.seed = request.sampling.seed.has_value() ? *request.sampling.seed : RandomBits();
+  s.memory_knn = request.memory.enabled ? config_.memory.mem_knn : 0;
+  if (absl::Status status = CheckFits(s); !status.ok()) return status;
+
+  const bool nothing_before = s.prompt_tokens == 1 && tokenizer_ != nullptr && tokenizer_->IsSpecial(s.tokens[0]);
+  s.output = std::make_shared<OutputStream>(
+      OutputOptions{.tokenizer = tokenizer_.get(),
+                    .stop_strings = request.stop.strings,
+                    .logprobs = request.logprobs,
+                    .token_bytes = request.token_bytes,
+                    .strip_leading_space = nothing_before && tokenizer_->adds_leading_space(),
+                    .seed = s.seed,
+                    .prompt_tokens = static_cast<int32_t>(s.prompt_tokens)},
+      control, std::move(listener), [this, control] { Unregister(control->id); });
+  return sequence;
+}
+
+absl::StatusOr<std::vector<std::shared_ptr<Sequence>>> EngineImpl::BuildSequences(const ScoreRequest& request,
+                                                                                  std::shared_ptr<RequestControl> control,
+                                                                                  ScoreCallback callback) {
+  LOAD_OR_RETURN(const std::vector<int32_t> context, TokensOf(request.context, request.add_bos.value_or(true)));
+  if (context.empty()) return absl::InvalidArgumentError("context: has no tokens; at least 1 is needed");
+  auto state = std::make_shared<ScoreState>();
+  state->callback = std::move(callback);
+  state->remaining = static_cast<int>(request.continuations.size());
+  state->result.usage.prompt_tokens = static_cast<int32_t>(context.size());
+  std::vector<std::shared_ptr<Sequence>> sequences;
+  for (size_t i = 0; i < request.continuations.size(); ++i) {
+    LOAD_OR_RETURN(const std::vector<int32_t> continuation, TokensOf(request.continuations[i], /*add_bos=*/false));
+    if (continuation.empty()) return absl::InvalidArgumentError(absl::StrCat("continuations[", i, "]: has no tokens; at least 1 is needed"));
+    auto sequence = std::make_shared<Sequence>();
+    Sequence& s = *sequence;
+    s.control = control;
+    s.tokens = context;
+    s.tokens.insert(s.tokens.end(), continuation.begin(), continuation.end());
+    if (static_cast<int64_t>(s.tokens.size()) > limits_.max_context_tokens) {
+      return absl::InvalidArgumentError(absl::StrCat("continuations[", i, "]: with the context it has ", s.tokens.size(),
+                                                     " tokens; this server accepts ", limits_.max_context_tokens));
+    }
+    s.prompt_tokens = static_cast<int64_t>(s.tokens.size());
+    s.memory_knn = request.memory.enabled ? config_.memory.mem_knn : 0;
+    s.score_begin = static_cast<int64_t>(context.size());
+    s.score_index = static_cast<int>(i);
+    s.score = state;
+    if (absl::Status status = CheckFits(s); !status.ok()) return status;
+    state->result.scores.push_back({.token_ids = continuation});
+    state->result.usage.completion_tokens += static_cast<int32_t>(continuation.size());
+    sequences.push_back(std::move(sequence));
+  }
+  return sequences;
+}
+
+// ---------------------------------------------------------------- engine thread
+
+void EngineImpl::Run() {
+  while (TakeInbox()) {
+    step_begin_ = absl::Now();
+    EndMarked(step_begin_);
+    while (static_cast<int>(in_flight_.size()) < step_depth_) {
+      StepPlan plan = scheduler_.Schedule(steps_, step_begin_);
+      if (plan.batch.num_tokens() == 0) break;
+      ++steps_;
+      if (absl::Status s = executor_->Launch(plan.batch); !s.ok()) {
+        Fail(s);
+        break;
+      }
+      in_flight_.push_back(std::move(plan));
+    }
+    if (!in_flight_.empty()) Collect();
+    if (!outputs_.empty()) {
+      output_->Add([outputs = std::exchange(outputs_, {})] {
+        for (const std::function<void()>& output : outputs) output();
+      });
+    }
+    UpdateLoad();
+  }
+}
+
+bool EngineImpl::TakeInbox() {
+  std::vector<std::shared_ptr<Sequence>> arrived;
+  {
+    kernels::MutexLock lock(mutex_);
+    const bool idle = scheduler_.running() + scheduler_.waiting() == 0 && in_flight_.empty();
+    while (idle && inbox_.empty() && !stopping_) wake_.Wait(mutex_);
+    if (idle && inbox_.empty()) return false;
+    arrived.swap(inbox_);
+  }
+  for (std::shared_ptr<Sequence>& sequence : arrived) scheduler_.Add(std::move(sequence));
+  return true;
+}
+
+absl::Status EngineImpl::EndStatus(const RequestControl& control) const {
+  switch (static_cast<absl::StatusCode>(control.end_code.load())) {
+    case absl::StatusCode::kUnavailable:
+      return absl::UnavailableError("the server is stopping");
+    case absl::StatusCode::kDeadlineExceeded:
+      return absl::DeadlineExceededError("the deadline passed");
+    default:
+      return absl::CancelledError("the request was cancelled");
+  }
+}
+
+// Obeys cancellations, deadlines and stop strings.
+void EngineImpl::EndMarked(absl::Time now) {
+  scheduler_.RemoveIf([&](const std::shared_ptr<Sequence>& sequence) {
+    RequestControl& control = *sequence->control;
+    if (now >= control.deadline) control.End(absl::StatusCode::kDeadlineExceeded);
+    if (control.end_code != 0) {
+      Deliver(sequence, {.status = EndStatus(control)});
+      return true;
+    }
+    if (control.stop_matched) {
+      Deliver(sequence, {.reason = FinishReason::kStop});
+      return true;
+    }
+    return false;
+  });
+}
+
+void EngineImpl::Collect() {
+  const StepPlan plan = std::move(in_flight_.front());
+  in_flight_.pop_front();
+  absl::StatusOr<StepResult> result = executor_->Collect();
+  if (!result.ok()) return Fail(result.status());
+  const absl::Time now = absl::Now();
+  last_step_ = now - step_begin_;
+  prompt_tokens_ += plan.prompt_tokens;
+  for (size_t i = 0; i < plan.sampled.size(); ++i) {
+    if (!plan.sampled[i]->ended) OnDrawn(plan.sampled[i], result->tokens[i], result->logprobs[i], now);
+  }
+  for (size_t i = 0; i < plan.scored.size(); ++i) {
+    if (!plan.scored[i]->ended) OnScored(plan.scored[i], result->score_logprobs[i], result->score_greedy[i] != 0);
+  }
+}
+
+void EngineImpl::OnDrawn(const std::shared_ptr<Sequence>& sequence, int32_t token, float logprob, absl::Time now) {
+  Sequence& s = *sequence;
+  ++completion_tokens_;
+  if (s.first_token == absl::InfiniteFuture()) s.first_token = now;
+  s.tokens.push_back(token);
+  const bool stops = std::find(s.stop_ids.begin(), s.stop_ids.end(), token) != s.stop_ids.end();
+  outputs_.push_back([output = s.output, token, logprob, stops] { output->OnToken(token, logprob, !stops); });
+  const bool full = static_cast<int64_t>(s.tokens.size()) - s.prompt_tokens >= s.max_draws;
+  if (!stops && !full) return;
+  EngineEnd end = {.reason = stops ? FinishReason::kStop : FinishReason::kLength};
+  if (stops) end.stop_token_id = token;
+  End(sequence, std::move(end));
+}
+
+void EngineImpl::OnScored(const std::shared_ptr<Sequence>& sequence, float logprob, bool greedy) {
+  ContinuationScore& score = sequence->score->result.scores[sequence->score_index];
+  score.token_logprobs.push_back(logprob);
+  score.logprob += logprob;
+  score.is_greedy = score.is_greedy && greedy;
+  if (score.token_logprobs.size() == score.token_ids.size()) End(sequence, {});
+}
+
+void EngineImpl::End(const std::shared_ptr<Sequence>& sequence, EngineEnd end) {
+  Deliver(sequence, std::move(end));
+  scheduler_.Remove(sequence);
+}
+
+// Tells the output thread that a sequence has ended.
+void EngineImpl::Deliver(const std::shared_ptr<Sequence>& sequence, EngineEnd end) {
+  const Sequence& s = *sequence;
+  if (s.output != nullptr) {
+    const absl::Time now = absl::Now();
+    const absl::Time begin = std::min(s.first_step, now);
+    const absl::Time first_token = std::min(s.first_token, now);
+    end.timings = {.queue = begin - s.control->arrival, .prefill = first_token - begin, .decode = now - first_token};
+    outputs_.push_back([output = s.output, end = std::move(end)] { output->OnEnd(end); });
+    return;
+  }
+  ScoreState& state = *s.score;
+  const bool last = --state.remaining == 0;
+  if (state.callback == nullptr || (end.status.ok() && !last)) return;
+  // The first error ends the request; its other continuations end in silence.
+  outputs_.push_back([this, control = s.control, callback = std::exchange(state.callback, nullptr), status = end.status,
+                      result = end.status.ok() ? std::move(state.result) : ScoreResult()]() mutable {
+    Unregister(control->id);
+    if (status.ok()) callback(std::move(result));
+    else callback(status);
+  });
+  if (!end.status.ok()) s.control->End(end.status.code());
+}
+
+// A device failed: nothing can go on.
+void EngineImpl::Fail(const absl::Status& status) {
+  spdlog::error("a step failed, the engine stops: {}", status.ToString());
+  {
+    kernels::MutexLock lock(mutex_);
+    failure_ = status;
+  }
+  in_flight_.clear();
+  scheduler_.RemoveIf([&](const std::shared_ptr<Sequence>& sequence) {
+    Deliver(sequence, {.status = absl::UnavailableError(absl::StrCat("a device failed: ", status.message()))});
+    return true;
+  });
+}
+
+void EngineImpl::UpdateLoad() {
+  kernels::MutexLock lock(mutex_);
+  load_.running = scheduler_.running();
+  load_.waiting = scheduler_.waiting();
+  load_.waiting_tokens = scheduler_.waiting_tokens();
+  load_.kv_pages_total = cache_.total();
+  load_.kv_pages_used = cache_.used();
+  load_.kv_page_size = static_cast<int>(cache_.page_size());
+  load_.steps = steps_;
+  load_.prompt_tokens = prompt_tokens_;
+  load_.completion_tokens = completion_tokens_;
+  load_.last_step = last_step_;
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options) {
+  const absl::Time begin = absl::Now();
+  absl::StatusOr<LoadedConfig> loaded = ReadCheckpointFolder(options.checkpoint);
+  if (!loaded.ok()) return loaded.status();
+  // The layers keep a pointer to the configuration: it moves to its final place before they are built.
+  auto config = std::make_unique<ModelConfig>(loaded->model);
+  absl::StatusOr<StartPlan> plan = MakeStartPlan(options, *config, *loaded->checkpoint);
+  if (!plan.ok()) return plan.status();
+  LogPlan(*plan);
+  if (options.dry_run) return std::unique_ptr<Engine>();
+  const absl::Time planned = absl::Now();
+  absl::StatusOr<std::unique_ptr<Executor>> executor = Executor::Load(*config, *loaded->checkpoint, plan->executor);
+  if (!executor.ok()) return executor.status();
+  const absl::Time read = absl::Now();
+  ModelInfo info = Describe(options, *loaded, *plan, **executor);
+  loaded->checkpoint.reset();
+  spdlog::info("start: headers and plan {:.3f} s, weights read and packed {:.3f} s, {} on {} ({} threads, {})",
+               absl::ToDoubleSeconds(planned - begin), absl::ToDoubleSeconds(read - planned), info.name, info.backend,
+               plan->executor.threads, info.isa);
+  auto engine = std::make_unique<EngineImpl>(options, *std::move(loaded), *plan, *std::move(executor), std::move(config));
+  engine->Start(std::move(info));
+  return engine;
+}
+
+}  // namespace memserve::engine

@@ -1,0 +1,102 @@
+// The engine: a loaded checkpoint, its devices and the loop that turns requests into tokens.
+//
+// Thread-safe. No call blocks on the model: answers come by listeners and callbacks, on the engine's own threads. One engine thread
+// owns scheduler, pages and batch; tokenising runs in a small pool, detokenising and stop strings on an output thread.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "engine/options.h"
+#include "engine/request.h"
+
+namespace memserve::engine {
+
+struct ValueTableInfo {
+  std::string name;         // of the tensor
+  std::vector<int> layers;  // that read it
+  int64_t rows = 0;
+  int dim = 0;
+  std::string format;
+  std::string placement;
+  int64_t bytes = 0;        // held, over all ranks
+};
+
+// What is loaded. Constant after Create.
+struct ModelInfo {
+  std::string name;
+  std::string architecture;
+  int vocab_size = 0;
+  int max_context_tokens = 0;
+  int dim = 0;
+  int n_layers = 0;
+  int n_heads = 0;
+  int n_kv_heads = 0;
+  int64_t trunk_parameters = 0;
+  std::vector<ValueTableInfo> value_tables;
+  std::vector<int32_t> eos_token_ids;
+  std::optional<int32_t> bos_token_id;
+  std::string tokenizer;  // "sentencepiece", "bytes", "none"
+  std::string backend;
+  std::string isa;
+  std::string weight_dtype;
+  std::string activation_dtype;
+  std::string kv_dtype;
+  int devices = 1;
+};
+
+struct Load {
+  int running = 0;
+  int waiting = 0;
+  int64_t waiting_tokens = 0;
+  int64_t kv_pages_total = 0;
+  int64_t kv_pages_used = 0;
+  int kv_page_size = 0;
+  int64_t steps = 0;
+  int64_t prompt_tokens = 0;
+  int64_t completion_tokens = 0;
+  absl::Duration last_step;
+  bool draining = false;
+};
+
+class Engine {
+ public:
+  // Plans, loads and starts. INVALID_ARGUMENT: an option; NOT_FOUND, DATA_LOSS: the checkpoint; RESOURCE_EXHAUSTED: the plan does not
+  // fit, and the message says what would. With options.dry_run the plan is logged and the status is OK with a null engine.
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options);
+
+  virtual ~Engine() = default;  // ends what runs with UNAVAILABLE
+
+  // The listener's OnFinished gives every error: INVALID_ARGUMENT (names field, value, limit), RESOURCE_EXHAUSTED (queue full),
+  // ALREADY_EXISTS, UNIMPLEMENTED (text without a tokenizer), UNAVAILABLE (draining, device failed), DEADLINE_EXCEEDED, CANCELLED.
+  // The id in use is request.id, or if that is empty the one returned.
+  virtual std::string Generate(GenerateRequest request, std::shared_ptr<GenerateListener> listener) = 0;
+  virtual std::string Score(ScoreRequest request, ScoreCallback callback) = 0;
+
+  // Ends a request in whatever state; its pages are free by the next step, its listener hears CANCELLED. False: no such request.
+  virtual bool Cancel(const std::string& id) = 0;
+
+  virtual void Tokenize(std::string text, bool add_bos,
+                        std::function<void(absl::StatusOr<std::vector<int32_t>>)> callback) = 0;
+  virtual void Detokenize(std::vector<int32_t> token_ids, bool keep_special,
+                          std::function<void(absl::StatusOr<std::string>)> callback) = 0;
+
+  virtual const ModelInfo& model() const = 0;
+  virtual Load load() const = 0;
+
+  // OK while the engine works; else what stopped it (a device failed), and then every request gets UNAVAILABLE.
+  virtual absl::Status status() const = 0;
+
+  // Refuses new requests with UNAVAILABLE and waits until what runs has finished or `limit` has passed, then ends the rest with
+  // UNAVAILABLE. Blocks the caller; may be called again with a shorter limit from another thread.
+  virtual void Drain(absl::Duration limit) = 0;
+};
+
+}  // namespace memserve::engine

@@ -1,0 +1,32 @@
+// The dense feed-forward (SwiGLU): out = W_2 (silu(W_1 x) ⊙ W_3 x).
+#pragma once
+
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "engine/model/shard.h"
+#include "engine/model/workspace.h"
+
+namespace memserve::engine {
+
+struct FeedForwardScratch {
+  FeedForwardScratch(const ModelConfig& config, const Shard& shard, int64_t max_tokens, Workspace& workspace);
+  float* gate;  // [max_tokens, columns of this rank]
+  float* up;    // [max_tokens, columns of this rank]
+};
+
+class FeedForward {
+ public:
+  static absl::StatusOr<std::unique_ptr<FeedForward>> Load(const ModelConfig& config, const Shard& shard, int layer,
+                                                           WeightLoader& loader);
+
+  // x, out: [num_tokens, dim]; out is complete (summed over ranks).
+  void Forward(const ForwardContext& context, const FeedForwardScratch& scratch, kernels::TensorView<const float, 2> x,
+               kernels::TensorView<float, 2> out) const;
+
+ private:
+  Range columns_;
+  Matrix w1_, w2_, w3_;
+};
+
+}  // namespace memserve::engine

@@ -1,0 +1,105 @@
+// From the tensors of a checkpoint to weights on a device.
+//
+// The same walk over the model runs twice: first to plan (no back end: names, shapes and bytes are checked and counted, nothing is
+// allocated), then to load (allocated and queued, read in parallel by Run). So the plan cannot differ from what is done.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/model/checkpoint.h"
+#include "kernels/backend.h"
+
+namespace memserve::engine {
+
+// Element types as held, resolved: none is "auto".
+struct WeightTypes {
+  kernels::DType weight = kernels::DType::kF32;
+  kernels::DType activation = kernels::DType::kF32;
+  kernels::DType table = kernels::DType::kF32;
+};
+
+// Indices [begin, end).
+struct Range {
+  int64_t begin = 0;
+  int64_t end = 0;
+  int64_t size() const { return end - begin; }
+};
+
+// Part `index` of `parts` of [0, total), in whole units of `unit` (the last part may end on a broken one). Sizes differ by at most one unit.
+Range PartOf(int64_t total, int64_t unit, int index, int parts);
+
+// A vector on the device, as float32.
+struct Vector {
+  kernels::DeviceBuffer buffer;
+  int64_t size = 0;
+  kernels::TensorView<const float, 1> view() const {
+    return {static_cast<const float*>(buffer.address()), {buffer.address() == nullptr ? 0 : size}};
+  }
+};
+
+using Matrix = std::unique_ptr<kernels::WeightMatrix>;
+
+class WeightLoader {
+ public:
+  // `backend` null: only plan.
+  WeightLoader(const Checkpoint& checkpoint, const WeightTypes& types, kernels::Backend* backend)
+      : checkpoint_(checkpoint), types_(types), backend_(backend) {}
+
+  bool planning() const { return backend_ == nullptr; }
+  const WeightTypes& types() const { return types_; }
+  bool Has(const std::string& name) const { return checkpoint_.Find(name) != nullptr; }
+
+  // Rows `rows` and columns `columns` of the tensor `name`, which must be [n, k]. With groups > 1 the tensor is [groups · n, k] and is
+  // taken whole. Null while planning. NOT_FOUND, INVALID_ARGUMENT: one line with tensor, expected and found.
+  absl::StatusOr<Matrix> LoadMatrix(const std::string& name, int64_t n, int64_t k, Range rows, Range columns, int64_t groups = 1);
+
+  // Elements `range` of the tensor [n].
+  absl::StatusOr<Vector> LoadVector(const std::string& name, int64_t n, Range range);
+
+  // Columns `columns` of all rows of a value table [rows, dim]. Null while planning.
+  absl::StatusOr<std::shared_ptr<kernels::RowStore>> LoadRows(const std::string& name, int64_t rows, int64_t dim, Range columns);
+
+  // Marks a tensor as known and not needed.
+  void Ignore(const std::string& name) { used_.insert(name); }
+
+  // Reads all that was queued, with `threads` threads.
+  absl::Status Run(int threads);
+
+  // Of this device, once each.
+  int64_t weight_bytes() const { return weight_bytes_; }
+  int64_t table_bytes() const { return table_bytes_; }
+  std::vector<std::string> UnusedTensors() const;
+
+ private:
+  // Rows of one tensor on their way to where they are held.
+  struct Job {
+    const TensorInfo* tensor;
+    int64_t first_row;    // in the tensor
+    int64_t row_count;
+    int64_t row_values;   // in the tensor
+    kernels::WeightMatrix* matrix = nullptr;  // either this,
+    int64_t group = 0;
+    int64_t matrix_row = 0;
+    Range columns;
+    kernels::RowStore* rows = nullptr;        // or this
+  };
+
+  absl::StatusOr<const TensorInfo*> Expect(const std::string& name, const std::vector<int64_t>& shape);
+  absl::Status RunJob(const Job& job, std::vector<char>& staging) const;
+
+  const Checkpoint& checkpoint_;
+  const WeightTypes types_;
+  kernels::Backend* const backend_;
+  std::vector<Job> jobs_;
+  std::set<std::string> used_;
+  int64_t weight_bytes_ = 0;
+  int64_t table_bytes_ = 0;
+};
+
+}  // namespace memserve::engine

@@ -1,0 +1,191 @@
+#include "engine/rank.h"
+
+#include <algorithm>
+
+#include "engine/model/load_macros.h"
+
+namespace memserve::engine {
+
+using kernels::TensorView;
+
+absl::StatusOr<std::unique_ptr<Rank>> Rank::Build(const ModelConfig& config, const Shard& shard, const Checkpoint& checkpoint,
+                                                  const RankOptions& options, WeightLoader& loader, Workspace& workspace,
+                                                  kernels::Backend* backend, RankPlan& plan) {
+  std::unique_ptr<Rank> rank(new Rank);
+  rank->config_ = &config;
+  rank->options_ = options;
+  const ModelLimits limits = {.max_tokens = options.max_tokens, .max_positions = options.max_context_tokens};
+  LOAD_OR_RETURN(rank->model_, Transformer::Load(config, shard, checkpoint, limits, loader, workspace, backend));
+
+  const int64_t tokens = options.max_tokens;
+  for (StepArrays& set : rank->arrays_) {
+    set.token_ids = workspace.Take<int32_t>(tokens, 1);
+    set.from_slot = workspace.Take<int32_t>(tokens, 1);
+    set.positions = workspace.Take<int32_t>(tokens, 1);
+    set.sequence = workspace.Take<int32_t>(tokens, 1);
+    set.memory_knn = workspace.Take<int32_t>(tokens, 1);
+    set.kv_slots = workspace.Take<int64_t>(tokens, 1);
+    set.block_tables = workspace.Take<int32_t>(options.max_sequences, options.pages_per_sequence());
+    set.logit_tokens = workspace.Take<int32_t>(tokens, 1);
+    set.sampling = workspace.Take<kernels::SamplingSlot>(tokens, 1);
+    set.score_targets = workspace.Take<int32_t>(tokens, 1);
+    set.sampled = workspace.Take<int32_t>(tokens, 1);
+    set.logprobs = workspace.Take(tokens, 1);
+    set.score_logprobs = workspace.Take(tokens, 1);
+    set.score_greedy = workspace.Take<int32_t>(tokens, 1);
+  }
+  rank->logits_ = workspace.Take(rank->model_->max_logit_rows(), config.vocab_size);
+  plan.scratch_bytes = workspace.bytes();
+
+  for (int layer = 0; layer < config.n_layers; ++layer) {
+    kernels::KvPages pages = {.dtype = options.kv_dtype,
+                              .num_pages = options.kv_pages,
+                              .page_size = options.kv_page_size,
+                              .kv_heads = shard.KvHeads(config).size(),
+                              .head_dim = config.head_dim};
+    pages.keys = workspace.Take<char>(pages.bytes_each(), 1);
+    pages.values = workspace.Take<char>(pages.bytes_each(), 1);
+    rank->pages_.push_back(pages);
+    plan.kv_bytes_per_page +=
+        2 * pages.page_size * pages.kv_heads * pages.head_dim * kernels::SizeOf(pages.dtype);
+  }
+  plan.kv_bytes = plan.kv_bytes_per_page * options.kv_pages;
+  plan.weight_bytes = loader.weight_bytes();
+  plan.table_bytes = loader.table_bytes();
+  if (!workspace.status().ok()) return workspace.status();
+  return rank;
+}
+
+absl::StatusOr<RankPlan> Rank::Plan(const ModelConfig& config, const Shard& shard, const Checkpoint& checkpoint,
+                                    const RankOptions& options) {
+  WeightLoader loader(checkpoint, options.types, nullptr);
+  Workspace workspace(nullptr);
+  RankPlan plan;
+  absl::StatusOr<std::unique_ptr<Rank>> rank = Build(config, shard, checkpoint, options, loader, workspace, nullptr, plan);
+  if (!rank.ok()) return rank.status();
+  plan.unused_tensors = loader.UnusedTensors();
+  return plan;
+}
+
+absl::StatusOr<std::unique_ptr<Rank>> Rank::Load(const ModelConfig& config, const Shard& shard, const Checkpoint& checkpoint,
+                                                 const RankOptions& options, std::unique_ptr<kernels::Backend> backend,
+                                                 std::unique_ptr<kernels::Collective> collective) {
+  WeightLoader loader(checkpoint, options.types, backend.get());
+  auto workspace = std::make_unique<Workspace>(backend.get());
+  RankPlan plan;
+  LOAD_OR_RETURN(std::unique_ptr<Rank> rank, Build(config, shard, checkpoint, options, loader, *workspace, backend.get(), plan));
+  if (absl::Status s = loader.Run(options.loader_threads); !s.ok()) return s;
+  rank->workspace_ = std::move(workspace);
+  rank->backend_ = std::move(backend);
+  rank->collective_ = std::move(collective);
+  return rank;
+}
+
+ForwardContext Rank::CopyToDevice(const Batch& batch, const StepArrays& arrays) {
+  const auto copy = [this](auto* device, const auto& host) {
+    static_assert(sizeof(*device) == sizeof(host[0]));
+    if (!host.empty()) backend_->CopyToDevice(device, host.data(), static_cast<int64_t>(host.size() * sizeof(host[0])));
+  };
+  token_knn_.resize(batch.num_tokens());
+  for (int64_t t = 0; t < batch.num_tokens(); ++t) token_knn_[t] = batch.memory_knn[batch.sequence[t]];
+  copy(arrays.token_ids, batch.token_ids);
+  copy(arrays.from_slot, batch.from_slot);
+  copy(arrays.positions, batch.positions);
+  copy(arrays.sequence, batch.sequence);
+  copy(arrays.memory_knn, token_knn_);
+  copy(arrays.kv_slots, batch.kv_slots);
+  copy(arrays.block_tables, batch.block_tables);
+  copy(arrays.logit_tokens, batch.logit_tokens);
+  copy(arrays.sampling, batch.sampling);
+  copy(arrays.score_targets, batch.score_targets);
+  const int64_t tokens = batch.num_tokens();
+  return {.backend = backend_.get(),
+          .collective = collective_.get(),
+          .num_tokens = tokens,
+          .positions = {arrays.positions, {tokens}},
+          .sequence = {arrays.sequence, {tokens}},
+          .kv_slots = {arrays.kv_slots, {tokens}},
+          .memory_knn = {arrays.memory_knn, {tokens}},
+          .block_tables = {arrays.block_tables, {batch.num_sequences(), batch.pages_per_sequence}}};
+}
+
+// Logits in slices that fit their buffer; a slice holds slots that sample or slots that are scored, never both.
+void Rank::SampleAndScore(const ForwardContext& context, const Batch& batch, const StepArrays& arrays) {
+  const int64_t vocab = config_->vocab_size;
+  for (int64_t begin = 0; begin < batch.num_slots();) {
+    const bool samples = begin < batch.num_sampled();
+    const int64_t kind_end = samples ? batch.num_sampled() : batch.num_slots();
+    const int64_t count = std::min(model_->max_logit_rows(), kind_end - begin);
+    const TensorView<float, 2> logits(logits_, {count, vocab});
+    model_->Logits(context, {arrays.logit_tokens + begin, {count}}, logits);
+    if (samples) {
+      backend_->Sample({.logits = logits,
+                        .slots = {arrays.sampling + begin, {count}},
+                        .tokens = {arrays.sampled + begin, {count}},
+                        .logprobs = {arrays.logprobs + begin, {count}}});
+    } else {
+      const int64_t scored = begin - batch.num_sampled();
+      backend_->TokenLogprob({.logits = logits,
+                              .targets = {arrays.score_targets + scored, {count}},
+                              .logprobs = {arrays.score_logprobs + scored, {count}},
+                              .is_greedy = {arrays.score_greedy + scored, {count}}});
+    }
+    begin += count;
+  }
+}
+
+absl::Status Rank::Execute(const Batch& batch, MemoryTrace* trace) {
+  MEMSERVE_CHECK(in_flight_.size() < 2);
+  MEMSERVE_CHECK(batch.num_tokens() <= options_.max_tokens && batch.num_sequences() <= options_.max_sequences);
+  MEMSERVE_CHECK(batch.pages_per_sequence <= options_.pages_per_sequence());
+  const int set = next_set_;
+  next_set_ = 1 - next_set_;
+  const StepArrays& arrays = arrays_[set];
+  ForwardContext context = CopyToDevice(batch, arrays);
+  context.trace = trace;
+  const TokenInput input = {.token_ids = {arrays.token_ids, {batch.num_tokens()}},
+                            .from_slot = {arrays.from_slot, {batch.num_tokens()}},
+                            .sampled = {arrays_[1 - set].sampled, {options_.max_tokens}}};
+  if (absl::Status s = model_->Forward(context, input, pages_); !s.ok()) return s;
+  SampleAndScore(context, batch, arrays);
+  in_flight_.push_back(
+      {.num_sampled = batch.num_sampled(), .num_scored = batch.num_slots() - batch.num_sampled(), .set = set, .event = backend_->Record()});
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<float>> Rank::ExecuteForLogits(const Batch& batch, MemoryTrace* trace) {
+  MEMSERVE_CHECK(in_flight_.empty());
+  if (absl::Status s = Execute(batch, trace); !s.ok()) return s;
+  const StepArrays& arrays = arrays_[in_flight_.front().set];
+  Collect();
+  const int64_t vocab = config_->vocab_size;
+  const ForwardContext context = {.backend = backend_.get(), .collective = collective_.get(), .num_tokens = batch.num_tokens()};
+  std::vector<float> all(batch.num_slots() * vocab);
+  for (int64_t begin = 0; begin < batch.num_slots(); begin += model_->max_logit_rows()) {
+    const int64_t count = std::min(model_->max_logit_rows(), batch.num_slots() - begin);
+    model_->Logits(context, {arrays.logit_tokens + begin, {count}}, {logits_, {count, vocab}});
+    backend_->Wait(backend_->Record());
+    backend_->CopyToHost(all.data() + begin * vocab, logits_, count * vocab * static_cast<int64_t>(sizeof(float)));
+  }
+  return all;
+}
+
+StepResult Rank::Collect() {
+  MEMSERVE_CHECK(!in_flight_.empty());
+  const InFlight step = in_flight_.front();
+  in_flight_.erase(in_flight_.begin());
+  backend_->Wait(step.event);
+  const StepArrays& arrays = arrays_[step.set];
+  StepResult result;
+  const auto copy = [this](auto& host, const auto* device, int64_t count) {
+    host.resize(count);
+    if (count > 0) backend_->CopyToHost(host.data(), device, count * static_cast<int64_t>(sizeof(host[0])));
+  };
+  copy(result.tokens, arrays.sampled, step.num_sampled);
+  copy(result.logprobs, arrays.logprobs, step.num_sampled);
+  copy(result.score_logprobs, arrays.score_logprobs, step.num_scored);
+  copy(result.score_greedy, arrays.score_greedy, step.num_scored);
+  return result;
+}
+
+}  // namespace memserve::engine

@@ -1,0 +1,103 @@
+// One rank: a device with its share of weights, value table and KV pages, which executes batches. The first rank's results are the
+// step's; with several ranks all of them execute every batch and meet in the collectives.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/batch.h"
+#include "engine/model/transformer.h"
+#include "kernels/collective.h"
+
+namespace memserve::engine {
+
+// What all ranks of an engine agree on.
+struct RankOptions {
+  WeightTypes types;
+  kernels::DType kv_dtype = kernels::DType::kF32;
+  int64_t kv_pages = 0;
+  int64_t kv_page_size = 16;
+  int64_t max_tokens = 0;           // of one step
+  int64_t max_sequences = 0;        // of one step
+  int64_t max_context_tokens = 0;
+  int loader_threads = 1;
+
+  int64_t pages_per_sequence() const { return (max_context_tokens + kv_page_size - 1) / kv_page_size; }
+};
+
+// Bytes that a rank holds, computed before anything is allocated.
+struct RankPlan {
+  int64_t weight_bytes = 0;
+  int64_t table_bytes = 0;
+  int64_t kv_bytes = 0;
+  int64_t kv_bytes_per_page = 0;
+  int64_t scratch_bytes = 0;
+  std::vector<std::string> unused_tensors;
+  int64_t total() const { return weight_bytes + table_bytes + kv_bytes + scratch_bytes; }
+};
+
+// Used by one thread at a time (the rank's own).
+class Rank {
+ public:
+  // Checks names and shapes of all tensors and counts bytes.
+  static absl::StatusOr<RankPlan> Plan(const ModelConfig& config, const Shard& shard, const Checkpoint& checkpoint,
+                                       const RankOptions& options);
+
+  // `collective` null with one rank.
+  static absl::StatusOr<std::unique_ptr<Rank>> Load(const ModelConfig& config, const Shard& shard, const Checkpoint& checkpoint,
+                                                    const RankOptions& options, std::unique_ptr<kernels::Backend> backend,
+                                                    std::unique_ptr<kernels::Collective> collective);
+
+  // Enqueues a step. Up to two may be in flight; token ids of the second may refer to what the first samples.
+  absl::Status Execute(const Batch& batch, MemoryTrace* trace = nullptr);
+  // Waits for the oldest step in flight and takes its results.
+  StepResult Collect();
+
+  // Runs one batch by itself and gives the logits of its logit tokens, [num_slots, vocab_size]: for parity tests and perplexity.
+  absl::StatusOr<std::vector<float>> ExecuteForLogits(const Batch& batch, MemoryTrace* trace = nullptr);
+
+  const Transformer& model() const { return *model_; }
+  const kernels::Backend& backend() const { return *backend_; }
+  kernels::Collective* collective() const { return collective_.get(); }
+
+ private:
+  // Device arrays of one step. Two sets, used in turn.
+  struct StepArrays {
+    int32_t *token_ids, *from_slot, *positions, *sequence, *memory_knn, *block_tables, *logit_tokens, *score_targets;
+    int64_t* kv_slots;
+    kernels::SamplingSlot* sampling;
+    int32_t *sampled, *score_greedy;     // out
+    float *logprobs, *score_logprobs;    // out
+  };
+  struct InFlight {
+    int64_t num_sampled;
+    int64_t num_scored;
+    int set;
+    kernels::Backend::Event event;
+  };
+
+  Rank() = default;
+  // With a null back end it only counts.
+  static absl::StatusOr<std::unique_ptr<Rank>> Build(const ModelConfig& config, const Shard& shard, const Checkpoint& checkpoint,
+                                                     const RankOptions& options, WeightLoader& loader, Workspace& workspace,
+                                                     kernels::Backend* backend, RankPlan& plan);
+  ForwardContext CopyToDevice(const Batch& batch, const StepArrays& arrays);
+  void SampleAndScore(const ForwardContext& context, const Batch& batch, const StepArrays& arrays);
+
+  const ModelConfig* config_ = nullptr;
+  RankOptions options_;
+  std::unique_ptr<kernels::Backend> backend_;
+  std::unique_ptr<kernels::Collective> collective_;
+  std::unique_ptr<Workspace> workspace_;
+  std::unique_ptr<Transformer> model_;
+  std::vector<kernels::KvPages> pages_;  // [n_layers]
+  StepArrays arrays_[2];
+  float* logits_ = nullptr;  // [max_logit_rows, vocab_size]
+  int next_set_ = 0;
+  std::vector<InFlight> in_flight_;
+  std::vector<int32_t> token_knn_;  // host, scratch of CopyToDevice
+};
+
+}  // namespace memserve::engine

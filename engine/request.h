@@ -1,0 +1,114 @@
+// What is asked of the engine, and what it answers.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+
+namespace memserve::engine {
+
+// Text is tokenised by the engine; token ids are taken as they are.
+using Prompt = std::variant<std::string, std::vector<int32_t>>;
+
+// Unset: the checkpoint's generation_config.json, then greedy.
+struct SamplingParams {
+  std::optional<float> temperature;  // [0, 100], 0 is greedy
+  std::optional<int32_t> top_k;      // >= 0, 0: all
+  std::optional<float> top_p;        // (0, 1]
+  std::optional<uint64_t> seed;      // drawn when unset, and returned
+};
+
+struct StopParams {
+  std::optional<int32_t> max_tokens;   // >= 1; unset: the checkpoint's, else what fits the context
+  std::vector<std::string> strings;    // at most 16 of 1 … 256 bytes
+  std::vector<int32_t> token_ids;      // at most 64
+  bool ignore_eos = false;
+};
+
+// What the memory layers do for one sequence.
+struct MemoryMode {
+  bool enabled = true;  // off: they add nothing to the residual stream
+};
+
+struct GenerateRequest {
+  std::string id;  // unique among running requests; empty: drawn
+  Prompt prompt;
+  std::optional<bool> add_bos;  // text only; unset: where the tokenizer has such a token
+  SamplingParams sampling;
+  StopParams stop;
+  MemoryMode memory;
+  bool logprobs = false;
+  bool token_bytes = false;
+  absl::Time deadline = absl::InfiniteFuture();
+};
+
+struct ScoreRequest {
+  std::string id;
+  Prompt context;
+  std::optional<bool> add_bos;
+  std::vector<Prompt> continuations;  // at most 256
+  MemoryMode memory;
+  absl::Time deadline = absl::InfiniteFuture();
+};
+
+struct Delta {
+  std::string text;  // whole UTF-8 characters; may be empty while text is held back
+  std::vector<int32_t> token_ids;
+  std::vector<float> logprobs;           // beside token_ids, if asked for
+  std::vector<std::string> token_bytes;  // beside token_ids, if asked for
+};
+
+enum class FinishReason { kStop, kLength };
+
+struct Usage {
+  int32_t prompt_tokens = 0;
+  int32_t cached_tokens = 0;
+  int32_t completion_tokens = 0;
+};
+
+struct Timings {
+  absl::Duration queue;
+  absl::Duration prefill;
+  absl::Duration decode;
+};
+
+struct Finished {
+  FinishReason reason = FinishReason::kStop;
+  std::string text;  // held back until now
+  std::optional<std::string> stop_string;
+  std::optional<int32_t> stop_token_id;
+  Usage usage;
+  Timings timings;
+  uint64_t seed = 0;
+};
+
+// Hears one generation. Calls come one after the other, from one of the engine's threads, and must not block. OnFinished is the last.
+class GenerateListener {
+ public:
+  virtual ~GenerateListener() = default;
+  virtual void OnDelta(Delta delta) = 0;
+  virtual void OnFinished(absl::StatusOr<Finished> finished) = 0;
+};
+
+struct ContinuationScore {
+  double logprob = 0.0;  // sum over its tokens
+  bool is_greedy = true;
+  std::vector<int32_t> token_ids;
+  std::vector<float> token_logprobs;
+};
+
+struct ScoreResult {
+  std::vector<ContinuationScore> scores;  // in the order of the request
+  Usage usage;
+};
+
+using ScoreCallback = std::function<void(absl::StatusOr<ScoreResult>)>;
+
+}  // namespace memserve::engine

@@ -1,0 +1,68 @@
+// The life of a request inside the engine: what other threads may touch, and what the engine thread knows.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "engine/request.h"
+#include "kernels/sampling.h"
+
+namespace memserve::engine {
+
+// One request as all threads see it. The engine thread obeys the flags at its next step.
+struct RequestControl {
+  std::string id;
+  absl::Time deadline = absl::InfiniteFuture();
+  absl::Time arrival;
+  std::atomic<int> end_code{0};            // an absl::StatusCode: end with this; 0: go on
+  std::atomic<bool> stop_matched{false};   // the output thread found a stop string: draw no more
+
+  void End(absl::StatusCode code) {
+    int expected = 0;
+    end_code.compare_exchange_strong(expected, static_cast<int>(code));
+  }
+};
+
+class OutputStream;
+struct ScoreState;
+
+// Engine thread only (before it arrives there: the thread that builds it).
+struct Sequence {
+  std::shared_ptr<RequestControl> control;
+  std::vector<int32_t> tokens;        // prompt, then what was drawn and collected
+  int64_t prompt_tokens = 0;
+  int64_t max_draws = 0;
+  std::vector<int32_t> stop_ids;      // end-of-sequence tokens among them unless ignored
+  float temperature = 0;
+  int32_t top_k = 0;
+  float top_p = 1;
+  uint64_t seed = 0;
+  int32_t memory_knn = 0;
+
+  // Scoring instead of drawing: the continuation begins here. 0: drawing.
+  int64_t score_begin = 0;
+  int score_index = 0;                // among the continuations of the request
+  std::shared_ptr<ScoreState> score;  // then this hears the results,
+  std::shared_ptr<OutputStream> output;  // else this
+
+  // Progress. Planned means computed or in flight.
+  int64_t planned = 0;                // tokens whose keys and values are written
+  int64_t draws_planned = 0;
+  int64_t last_draw_step = -1;        // the step in flight that draws the token after `tokens`, and its slot
+  int32_t last_draw_slot = -1;
+  std::vector<int32_t> pages;         // of the KV cache
+  bool ended = false;                 // results still in flight are discarded
+  absl::Time first_step = absl::InfiniteFuture();
+  absl::Time first_token = absl::InfiniteFuture();
+
+  bool scores() const { return score_begin > 0; }
+  // Tokens whose keys and values are ever needed: all, but for the last one scored or drawn.
+  int64_t most_tokens() const { return scores() ? static_cast<int64_t>(tokens.size()) - 1 : prompt_tokens + max_draws - 1; }
+};
+
+}  // namespace memserve::engine

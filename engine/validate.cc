@@ -1,0 +1,106 @@
+#include "engine/validate.h"
+
+#include <cmath>
+
+#include "absl/strings/str_cat.h"
+
+namespace memserve::engine {
+namespace {
+
+absl::Status Bad(absl::string_view field, absl::string_view message) {
+  return absl::InvalidArgumentError(absl::StrCat(field, ": ", message));
+}
+
+absl::Status CheckId(const std::string& id) {
+  if (id.size() <= kMaxIdBytes) return absl::OkStatus();
+  return Bad("request_id", absl::StrCat("has ", id.size(), " bytes; at most ", kMaxIdBytes, " are accepted"));
+}
+
+absl::Status CheckIds(absl::string_view field, const std::vector<int32_t>& ids, int vocab_size) {
+  for (size_t i = 0; i < ids.size(); ++i) {
+    if (ids[i] < 0 || ids[i] >= vocab_size) {
+      return Bad(field, absl::StrCat("id ", ids[i], " at index ", i, " is not in [0, ", vocab_size, ")"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckPrompt(absl::string_view field, const Prompt& prompt, const RequestLimits& limits) {
+  if (const auto* text = std::get_if<std::string>(&prompt)) {
+    if (!limits.has_tokenizer) {
+      return absl::UnimplementedError(absl::StrCat(field, ": the checkpoint has no tokenizer; send token ids"));
+    }
+    if (static_cast<int64_t>(text->size()) > limits.max_prompt_bytes) {
+      return Bad(field, absl::StrCat("has ", text->size(), " bytes; this server accepts ", limits.max_prompt_bytes));
+    }
+    return absl::OkStatus();
+  }
+  const auto& ids = std::get<std::vector<int32_t>>(prompt);
+  if (static_cast<int64_t>(ids.size()) > limits.max_context_tokens) {
+    return Bad(field, absl::StrCat("has ", ids.size(), " tokens; this server accepts ", limits.max_context_tokens - 1));
+  }
+  return CheckIds(field, ids, limits.vocab_size);
+}
+
+absl::Status CheckSampling(const SamplingParams& sampling) {
+  if (sampling.temperature && !(*sampling.temperature >= 0 && *sampling.temperature <= 100)) {
+    return Bad("temperature", absl::StrCat(*sampling.temperature, " is not in [0, 100]"));
+  }
+  if (sampling.top_k && *sampling.top_k < 0) return Bad("top_k", absl::StrCat(*sampling.top_k, " is not at least 0"));
+  if (sampling.top_p && !(*sampling.top_p > 0 && *sampling.top_p <= 1)) {
+    return Bad("top_p", absl::StrCat(*sampling.top_p, " is not in (0, 1]"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckStop(const StopParams& stop, const RequestLimits& limits) {
+  if (stop.max_tokens && *stop.max_tokens < 1) return Bad("max_tokens", absl::StrCat(*stop.max_tokens, " is not at least 1"));
+  if (stop.strings.size() > kMaxStopStrings) {
+    return Bad("stop.strings", absl::StrCat("has ", stop.strings.size(), " strings; at most ", kMaxStopStrings, " are accepted"));
+  }
+  for (size_t i = 0; i < stop.strings.size(); ++i) {
+    if (stop.strings[i].empty() || stop.strings[i].size() > kMaxStopStringBytes) {
+      return Bad("stop.strings", absl::StrCat("string ", i, " has ", stop.strings[i].size(), " bytes; 1 to ", kMaxStopStringBytes,
+                                              " are accepted"));
+    }
+  }
+  if (!stop.strings.empty() && !limits.has_tokenizer) {
+    return absl::UnimplementedError("stop.strings: the checkpoint has no tokenizer; use stop.token_ids");
+  }
+  if (stop.token_ids.size() > kMaxStopTokenIds) {
+    return Bad("stop.token_ids", absl::StrCat("has ", stop.token_ids.size(), " ids; at most ", kMaxStopTokenIds, " are accepted"));
+  }
+  return CheckIds("stop.token_ids", stop.token_ids, limits.vocab_size);
+}
+
+}  // namespace
+
+absl::Status Validate(const GenerateRequest& request, const RequestLimits& limits) {
+  for (const absl::Status& status : {CheckId(request.id), CheckPrompt("prompt", request.prompt, limits), CheckSampling(request.sampling),
+                                     CheckStop(request.stop, limits)}) {
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Validate(const ScoreRequest& request, const RequestLimits& limits) {
+  if (absl::Status s = CheckId(request.id); !s.ok()) return s;
+  if (absl::Status s = CheckPrompt("context", request.context, limits); !s.ok()) return s;
+  if (request.continuations.empty() || request.continuations.size() > kMaxContinuations) {
+    return Bad("continuations", absl::StrCat("has ", request.continuations.size(), " entries; 1 to ", kMaxContinuations, " are accepted"));
+  }
+  for (size_t i = 0; i < request.continuations.size(); ++i) {
+    const std::string field = absl::StrCat("continuations[", i, "]");
+    if (absl::Status s = CheckPrompt(field, request.continuations[i], limits); !s.ok()) return s;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ValidatePromptLength(int64_t tokens, int max_context_tokens) {
+  if (tokens == 0) return Bad("prompt", "has no tokens; at least 1 is needed");
+  if (tokens < max_context_tokens) return absl::OkStatus();
+  return Bad("prompt", absl::StrCat("has ", tokens, " tokens; this server accepts ", max_context_tokens - 1, " (context of ",
+                                    max_context_tokens, ", and at least 1 to draw)"));
+}
+
+}  // namespace memserve::engine

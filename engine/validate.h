@@ -1,0 +1,30 @@
+// Checks what a request asks for against what the engine can do. INVALID_ARGUMENT names field, value and limit.
+#pragma once
+
+#include "absl/status/status.h"
+#include "engine/engine.h"
+#include "engine/request.h"
+
+namespace memserve::engine {
+
+inline constexpr size_t kMaxStopStrings = 16;
+inline constexpr size_t kMaxStopStringBytes = 256;
+inline constexpr size_t kMaxStopTokenIds = 64;
+inline constexpr size_t kMaxContinuations = 256;
+inline constexpr size_t kMaxIdBytes = 256;
+
+struct RequestLimits {
+  int vocab_size = 0;
+  int max_context_tokens = 0;
+  int64_t max_prompt_bytes = 0;
+  bool has_tokenizer = false;
+};
+
+// All but the number of tokens of a text, which is known later.
+absl::Status Validate(const GenerateRequest& request, const RequestLimits& limits);
+absl::Status Validate(const ScoreRequest& request, const RequestLimits& limits);
+
+// A prompt of `tokens` leaves room for at least one more, and is not empty.
+absl::Status ValidatePromptLength(int64_t tokens, int max_context_tokens);
+
+}  // namespace memserve::engine

@@ -1,0 +1,51 @@
+#include "kernels/row_store.h"
+
+#include "kernels/reference/reference.h"
+
+namespace memserve::kernels::reference {
+
+void* ReferenceRowStore::DirectRows() { return spec().columns() == spec().dim ? memory_.address() : nullptr; }
+
+void ReferenceRowStore::Store(int64_t first_row, int64_t count, const void* rows, DType source) {
+  MEMSERVE_CHECK(0 <= first_row && 0 <= count && first_row + count <= spec().rows);
+  MEMSERVE_CHECK(source == DType::kF32 || source == DType::kBF16);
+  const StoredValues from{const_cast<void*>(rows), source};
+  const StoredValues to{memory_.address(), spec().format};
+  for (int64_t row = 0; row < count; ++row) {
+    for (int64_t c = 0; c < spec().columns(); ++c) {
+      to.Set((first_row + row) * spec().columns() + c, from.Get(row * spec().dim + spec().first_column + c));
+    }
+  }
+}
+
+RowStore::Ticket ReferenceRowStore::Start(const EmbeddingBagArgs& args) {
+  started_.emplace(next_ticket_, args);
+  return next_ticket_++;
+}
+
+absl::Status ReferenceRowStore::Finish(Ticket ticket) {
+  const auto node = started_.extract(ticket);
+  MEMSERVE_CHECK(!node.empty());
+  reference::EmbeddingBag(node.mapped());
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<RowStore>> NewRowStore(const RowStoreSpec& spec) {
+  MEMSERVE_CHECK(spec.rows >= 0);
+  MEMSERVE_CHECK(0 <= spec.first_column && spec.first_column <= spec.end_column &&
+                 spec.end_column <= spec.dim);
+  MEMSERVE_CHECK_EQ(spec.first_column * SizeOf(spec.format) % 16, 0);
+  MEMSERVE_CHECK(spec.end_column == spec.dim || spec.end_column * SizeOf(spec.format) % 16 == 0);
+  MEMSERVE_CHECK(spec.format == DType::kF32 || spec.format == DType::kBF16);
+  auto memory = AllocateHost(spec.rows * spec.columns() * SizeOf(spec.format), "value table");
+  if (!memory.ok()) return memory.status();
+  return std::make_unique<ReferenceRowStore>(spec, *std::move(memory));
+}
+
+const ReferenceRowStore& Ours(const RowStore* table) {
+  const auto* ours = dynamic_cast<const ReferenceRowStore*>(table);
+  MEMSERVE_CHECK(ours != nullptr);
+  return *ours;
+}
+
+}  // namespace memserve::kernels::reference
