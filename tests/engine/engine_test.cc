@@ -1,0 +1,496 @@
+// Requests through the whole engine, on the reference checkpoints.
+
+#include "engine/engine.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <thread>
+
+#include "tests/support/collector.h"
+#include "tests/support/golden.h"
+
+namespace memserve::engine {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using memserve::testing::Collector;
+using memserve::testing::Generate;
+using memserve::testing::GenerateAll;
+using memserve::testing::Generated;
+using memserve::testing::GoldenCase;
+using memserve::testing::GoldenSequence;
+using memserve::testing::LoadGolden;
+using memserve::testing::ParityOptions;
+using memserve::testing::Score;
+
+constexpr char kNoMemory[] = "E";  // a dense case
+
+EngineOptions Options(const std::string& golden) {
+  return ParityOptions(std::string(MEMSERVE_GOLDEN_DIR) + "/" + golden + "/checkpoint");
+}
+
+std::unique_ptr<Engine> Start(const EngineOptions& options) {
+  absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(options);
+  EXPECT_TRUE(engine.ok()) << engine.status();
+  return engine.ok() ? *std::move(engine) : nullptr;
+}
+
+GenerateRequest GreedyRequest(const std::vector<int32_t>& tokens, int max_tokens) {
+  GenerateRequest request;
+  request.prompt = tokens;
+  request.stop = {.max_tokens = max_tokens, .ignore_eos = true};
+  request.logprobs = true;
+  return request;
+}
+
+// The tokens of the pages in use must be back once nothing runs.
+void ExpectNoPagesLeft(const Engine& engine) {
+  for (int i = 0; i < 1000 && engine.load().kv_pages_used > 0; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  EXPECT_EQ(engine.load().kv_pages_used, 0);
+  EXPECT_EQ(engine.load().running, 0);
+  EXPECT_EQ(engine.load().waiting, 0);
+}
+
+class GoldenEngineTest : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(GoldenEngineTest, GreedyTokensEqualTheOriginalsAloneAndAllAtOnce) {
+  const GoldenCase golden = LoadGolden(GetParam());
+  const std::unique_ptr<Engine> engine = Start(Options(GetParam()));
+  std::vector<GenerateRequest> requests;
+  std::vector<Generated> alone;
+  for (const GoldenSequence& sequence : golden.sequences) {
+    if (sequence.greedy_tokens.empty()) continue;
+    requests.push_back(GreedyRequest(sequence.tokens, static_cast<int>(sequence.greedy_tokens.size())));
+    alone.push_back(Generate(*engine, requests.back()));
+    EXPECT_EQ(alone.back().token_ids, sequence.greedy_tokens) << sequence.name;
+  }
+  ASSERT_FALSE(alone.empty());
+  EXPECT_EQ(GenerateAll(*engine, requests), alone);
+  ExpectNoPagesLeft(*engine);
+}
+
+TEST_P(GoldenEngineTest, ScoresEqualTheOriginalsLogLikelihoods) {
+  const GoldenCase golden = LoadGolden(GetParam());
+  const std::unique_ptr<Engine> engine = Start(Options(GetParam()));
+  for (const GoldenSequence& sequence : golden.sequences) {
+    if (sequence.tokens.size() < 3) continue;
+    ScoreRequest request;
+    request.context = std::vector<int32_t>(sequence.tokens.begin(), sequence.tokens.begin() + 1);
+    request.continuations = {std::vector<int32_t>(sequence.tokens.begin() + 1, sequence.tokens.end()), std::vector<int32_t>{5}};
+    const absl::StatusOr<ScoreResult> result = Score(*engine, request);
+    ASSERT_TRUE(result.ok()) << result.status();
+    ASSERT_EQ(result->scores.size(), 2u);
+    ASSERT_EQ(result->scores[0].token_logprobs.size(), sequence.loglikelihood.size());
+    double sum = 0;
+    for (size_t i = 0; i < sequence.loglikelihood.size(); ++i) {
+      EXPECT_NEAR(result->scores[0].token_logprobs[i], sequence.loglikelihood[i], 2e-4) << sequence.name << " token " << i + 1;
+      sum += result->scores[0].token_logprobs[i];
+    }
+    EXPECT_NEAR(result->scores[0].logprob, sum, 1e-6);
+    EXPECT_EQ(result->scores[1].token_logprobs.size(), 1u);
+  }
+  ExpectNoPagesLeft(*engine);
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, GoldenEngineTest, ::testing::ValuesIn(memserve::testing::GoldenNames()));
+
+// Requests that differ in all that may be set, for the promise "same request, same answer".
+std::vector<GenerateRequest> VariedRequests(const GoldenCase& golden) {
+  std::vector<GenerateRequest> requests;
+  for (int i = 0; i < 24; ++i) {
+    const std::vector<int32_t>& tokens = golden.sequences[i % golden.sequences.size()].tokens;
+    GenerateRequest request = GreedyRequest(std::vector<int32_t>(tokens.begin(), tokens.begin() + 1 + i * 7 % static_cast<int>(tokens.size())),
+                                            3 + i * 5 % 40);
+    if (i % 3 != 0) {
+      request.sampling = {.temperature = 0.3f + 0.2f * static_cast<float>(i % 5), .seed = 1000u + static_cast<uint64_t>(i)};
+      if (i % 2 == 0) request.sampling.top_k = 1 + i;
+      if (i % 5 == 1) request.sampling.top_p = 0.7f;
+    }
+    request.memory.enabled = i % 4 != 3;
+    requests.push_back(std::move(request));
+  }
+  return requests;
+}
+
+std::vector<Generated> OneByOne(Engine& engine, const std::vector<GenerateRequest>& requests) {
+  std::vector<Generated> all;
+  for (const GenerateRequest& request : requests) all.push_back(Generate(engine, request));
+  return all;
+}
+
+struct Variation {
+  std::string name;
+  std::string golden;
+  int max_batch_tokens = 512;
+  int max_sequences = 64;
+  int threads = 2;
+  int page_size = 16;
+  int step_depth = 1;
+  std::string weight_dtype = "auto";
+  std::string activation_dtype = "f32";
+  bool tight_cache = false;  // room for one context only: requests wait for pages
+};
+
+class InvarianceTest : public ::testing::TestWithParam<Variation> {};
+
+// Tokens and logprobs, bit for bit, whatever runs beside a request and however steps are cut.
+TEST_P(InvarianceTest, AnswersDependOnTheRequestAlone) {
+  const Variation& variation = GetParam();
+  const GoldenCase golden = LoadGolden(variation.golden);
+  const std::vector<GenerateRequest> requests = VariedRequests(golden);
+  EngineOptions options = Options(variation.golden);
+  options.weight_dtype = variation.weight_dtype;
+  options.activation_dtype = variation.activation_dtype;
+  options.threads = 1;
+  const std::vector<Generated> expected = OneByOne(*Start(options), requests);
+  for (const Generated& generated : expected) ASSERT_TRUE(generated.finished.ok()) << generated.finished.status();
+
+  options.threads = variation.threads;
+  options.max_batch_tokens = variation.max_batch_tokens;
+  options.max_sequences = variation.max_sequences;
+  options.kv_page_size = variation.page_size;
+  options.step_depth = variation.step_depth;
+  if (variation.tight_cache) options.kv_cache_bytes = 1 << 18;
+  const std::unique_ptr<Engine> engine = Start(options);
+  ASSERT_NE(engine, nullptr);
+  const std::vector<Generated> found = GenerateAll(*engine, requests);
+  for (size_t i = 0; i < requests.size(); ++i) {
+    EXPECT_EQ(found[i].token_ids, expected[i].token_ids) << "request " << i;
+    EXPECT_EQ(found[i].logprobs, expected[i].logprobs) << "request " << i;
+    EXPECT_EQ(found[i].text, expected[i].text) << "request " << i;
+  }
+  ExpectNoPagesLeft(*engine);
+}
+
+INSTANTIATE_TEST_SUITE_P(Axes, InvarianceTest,
+                         ::testing::Values(Variation{.name = "ManyAtOnce", .golden = "A"}, Variation{.name = "OneThread", .golden = "A", .threads = 1},
+                                           Variation{.name = "ThreeThreads", .golden = "A", .threads = 3},
+                                           Variation{.name = "ChunksOfOneToken", .golden = "A", .max_batch_tokens = 1},
+                                           Variation{.name = "ChunksOfThree", .golden = "A", .max_batch_tokens = 3},
+                                           Variation{.name = "ChunksOf17", .golden = "A", .max_batch_tokens = 17, .max_sequences = 5},
+                                           Variation{.name = "BatchesOfTwo", .golden = "A", .max_sequences = 2},
+                                           Variation{.name = "PagesOf32", .golden = "A", .page_size = 32},
+                                           Variation{.name = "TwoStepsInFlight", .golden = "A", .step_depth = 2},
+                                           Variation{.name = "TwoInFlightSmallChunks", .golden = "A", .max_batch_tokens = 5, .step_depth = 2},
+                                           Variation{.name = "TightCache", .golden = "A", .tight_cache = true},
+                                           Variation{.name = "OwnTables", .golden = "B", .max_batch_tokens = 19},
+                                           Variation{.name = "Peer", .golden = "D", .max_batch_tokens = 19},
+                                           Variation{.name = "Dense", .golden = "E", .max_batch_tokens = 19},
+                                           Variation{.name = "Bfloat16", .golden = "F", .max_batch_tokens = 19, .activation_dtype = "bf16"},
+                                           Variation{.name = "Bfloat16Weights", .golden = "H", .max_batch_tokens = 19, .weight_dtype = "bf16"}),
+                         [](const auto& info) { return info.param.name; });
+
+TEST(EngineTest, TwoAndThreeRanksGiveTheTokensOfOne) {
+  for (const char* name : {"A", "B", "D", "E", "H"}) {
+    const GoldenCase golden = LoadGolden(name);
+    for (int ranks : {2, 3}) {
+      EngineOptions options = Options(name);
+      options.devices.clear();
+      for (int r = 0; r < ranks; ++r) options.devices.push_back(r);
+      options.step_depth = ranks - 1;
+      const std::unique_ptr<Engine> engine = Start(options);
+      ASSERT_NE(engine, nullptr);
+      EXPECT_EQ(engine->model().devices, ranks);
+      std::vector<GenerateRequest> requests;
+      for (const GoldenSequence& sequence : golden.sequences) {
+        if (!sequence.greedy_tokens.empty()) requests.push_back(GreedyRequest(sequence.tokens, 64));
+      }
+      const std::vector<Generated> found = GenerateAll(*engine, requests);
+      size_t i = 0;
+      for (const GoldenSequence& sequence : golden.sequences) {
+        if (sequence.greedy_tokens.empty()) continue;
+        EXPECT_EQ(found[i++].token_ids, sequence.greedy_tokens) << name << " " << sequence.name;
+      }
+      ExpectNoPagesLeft(*engine);
+    }
+  }
+}
+
+TEST(EngineTest, ATableSharedByLayersIsHeldOnce) {
+  // Lists a copy of the table under each of its two layers.
+  const std::unique_ptr<Engine> shared = Start(Options("A"));
+  ASSERT_EQ(shared->model().value_tables.size(), 1u);
+  EXPECT_THAT(shared->model().value_tables[0].layers, ElementsAre(1, 4));
+  EXPECT_EQ(shared->model().value_tables[0].bytes, 32 * 32 * 64 * 2);
+  // Own tables.
+  const std::unique_ptr<Engine> own = Start(Options("B"));
+  ASSERT_EQ(own->model().value_tables.size(), 3u);
+  EXPECT_EQ(own->model().value_tables[1].rows, 400);
+  EXPECT_EQ(own->model().value_tables[1].dim, 40);
+  EXPECT_THAT(Start(Options(kNoMemory))->model().value_tables, IsEmpty());
+}
+
+TEST(EngineTest, MemoryOffChangesTheAnswerOfThatRequestAlone) {
+  const GoldenCase golden = LoadGolden("A");
+  const std::unique_ptr<Engine> engine = Start(Options("A"));
+  const GenerateRequest on = GreedyRequest(golden.sequences[0].tokens, 32);
+  GenerateRequest off = on;
+  off.memory.enabled = false;
+  const std::vector<Generated> found = GenerateAll(*engine, {on, off, on});
+  EXPECT_EQ(found[0].token_ids, found[2].token_ids);
+  EXPECT_NE(found[0].token_ids, found[1].token_ids);
+  EXPECT_EQ(Generate(*engine, off).logprobs, found[1].logprobs);
+}
+
+TEST(EngineTest, SeedsRepeatAndDiffer) {
+  const GoldenCase golden = LoadGolden("A");
+  const std::unique_ptr<Engine> engine = Start(Options("A"));
+  GenerateRequest request = GreedyRequest(golden.sequences[0].tokens, 32);
+  request.sampling.temperature = 1.0f;
+  const Generated unset = Generate(*engine, request);
+  ASSERT_TRUE(unset.finished.ok());
+  EXPECT_NE(Generate(*engine, request).token_ids, unset.token_ids) << "two drawn seeds gave the same 32 tokens";
+  request.sampling.seed = unset.finished->seed;
+  EXPECT_EQ(Generate(*engine, request).token_ids, unset.token_ids) << "the seed that was returned repeats the answer";
+  request.sampling.seed = 0;
+  EXPECT_EQ(Generate(*engine, request).finished->seed, 0u);
+}
+
+TEST(EngineTest, StopsAtIdsStringsAndLengths) {
+  const GoldenCase golden = LoadGolden("A");
+  const std::unique_ptr<Engine> engine = Start(Options("A"));
+  const GenerateRequest plain = GreedyRequest(golden.sequences[0].tokens, 40);
+  const Generated all = Generate(*engine, plain);
+  ASSERT_EQ(all.token_ids.size(), 40u);
+  EXPECT_EQ(all.finished->reason, FinishReason::kLength);
+  EXPECT_EQ(all.finished->usage.completion_tokens, 40);
+
+  GenerateRequest by_id = plain;
+  by_id.stop.token_ids = {all.token_ids[20]};
+  const Generated stopped = Generate(*engine, by_id);
+  const size_t first = std::find(all.token_ids.begin(), all.token_ids.end(), all.token_ids[20]) - all.token_ids.begin();
+  EXPECT_EQ(stopped.finished->reason, FinishReason::kStop);
+  EXPECT_EQ(stopped.finished->stop_token_id, all.token_ids[20]);
+  EXPECT_EQ(stopped.token_ids, std::vector<int32_t>(all.token_ids.begin(), all.token_ids.begin() + static_cast<int64_t>(first) + 1));
+
+  GenerateRequest by_string = plain;
+  by_string.stop.strings = {all.text.substr(10, 6), "never there"};
+  const Generated cut = Generate(*engine, by_string);
+  EXPECT_EQ(cut.text, all.text.substr(0, all.text.find(by_string.stop.strings[0])));
+  EXPECT_EQ(cut.finished->reason, FinishReason::kStop);
+  EXPECT_EQ(cut.finished->stop_string, by_string.stop.strings[0]);
+  EXPECT_EQ(Generate(*engine, by_string).token_ids, cut.token_ids);
+  ExpectNoPagesLeft(*engine);
+}
+
+TEST(EngineTest, TextAndTokenIdsOfThePromptGiveTheSameAnswer) {
+  const std::unique_ptr<Engine> engine = Start(Options("F"));
+  GenerateRequest text = GreedyRequest({}, 16);
+  text.prompt = "The keeper of the harbour";
+  const Generated by_text = Generate(*engine, text);
+  const GoldenCase golden = LoadGolden("F");
+  EXPECT_EQ(by_text.token_ids, std::vector<int32_t>(golden.sequences[0].greedy_tokens.begin(), golden.sequences[0].greedy_tokens.begin() + 16));
+  EXPECT_EQ(by_text.finished->usage.prompt_tokens, static_cast<int>(golden.sequences[0].tokens.size()));
+}
+
+TEST(EngineTest, WrongRequestsNameFieldValueAndLimit) {
+  const std::unique_ptr<Engine> engine = Start(Options("A"));
+  const auto error = [&](const std::function<void(GenerateRequest&)>& change) {
+    GenerateRequest request = GreedyRequest({1, 2, 3}, 4);
+    change(request);
+    return Generate(*engine, request).finished.status();
+  };
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_EQ(error([&](auto& r) { r.sampling.temperature = -1; }).message(), "temperature: -1 is not in [0, 100]");
+  EXPECT_EQ(error([&](auto& r) { r.sampling.temperature = nan; }).message(), "temperature: nan is not in [0, 100]");
+  EXPECT_EQ(error([&](auto& r) { r.sampling.top_p = 0; }).message(), "top_p: 0 is not in (0, 1]");
+  EXPECT_EQ(error([&](auto& r) { r.sampling.top_p = nan; }).message(), "top_p: nan is not in (0, 1]");
+  EXPECT_EQ(error([&](auto& r) { r.sampling.top_k = -2; }).message(), "top_k: -2 is not at least 0");
+  EXPECT_EQ(error([&](auto& r) { r.stop.max_tokens = 0; }).message(), "max_tokens: 0 is not at least 1");
+  EXPECT_EQ(error([&](auto& r) { r.prompt = std::vector<int32_t>{1, 258}; }).message(), "prompt: id 258 at index 1 is not in [0, 258)");
+  EXPECT_EQ(error([&](auto& r) { r.prompt = std::vector<int32_t>{-1}; }).message(), "prompt: id -1 at index 0 is not in [0, 258)");
+  EXPECT_EQ(error([&](auto& r) { r.prompt = std::vector<int32_t>{}; }).message(), "prompt: has no tokens; at least 1 is needed");
+  EXPECT_EQ(error([&](auto& r) { r.prompt = std::vector<int32_t>(256, 7); }).message(),
+            "prompt: has 256 tokens; this server accepts 255 (context of 256, and at least 1 to draw)");
+  EXPECT_EQ(error([&](auto& r) { r.prompt = std::string(300, 'x'); }).message(),
+            "prompt: has 301 tokens; this server accepts 255 (context of 256, and at least 1 to draw)");
+  EXPECT_EQ(error([&](auto& r) { r.prompt = std::string((1 << 20) + 1, 'x'); }).message(), "prompt: has 1048577 bytes; this server accepts 1048576");
+  EXPECT_EQ(error([&](auto& r) { r.stop.strings = {"a", ""}; }).message(), "stop.strings: string 1 has 0 bytes; 1 to 256 are accepted");
+  EXPECT_EQ(error([&](auto& r) { r.stop.strings.assign(17, "a"); }).message(), "stop.strings: has 17 strings; at most 16 are accepted");
+  EXPECT_EQ(error([&](auto& r) { r.stop.token_ids = {999}; }).message(), "stop.token_ids: id 999 at index 0 is not in [0, 258)");
+  EXPECT_EQ(error([&](auto& r) { r.id = std::string(257, 'i'); }).message(), "request_id: has 257 bytes; at most 256 are accepted");
+  EXPECT_EQ(error([&](auto& r) { r.deadline = absl::Now() - absl::Seconds(1); }).code(), absl::StatusCode::kDeadlineExceeded);
+
+  ScoreRequest score;
+  score.context = std::vector<int32_t>{1};
+  EXPECT_EQ(Score(*engine, score).status().message(), "continuations: has 0 entries; 1 to 256 are accepted");
+  score.continuations = {std::vector<int32_t>{2}, std::vector<int32_t>{}};
+  EXPECT_EQ(Score(*engine, score).status().message(), "continuations[1]: has no tokens; at least 1 is needed");
+  score.continuations = {std::vector<int32_t>(256, 2)};
+  EXPECT_EQ(Score(*engine, score).status().message(), "continuations[0]: with the context it has 257 tokens; this server accepts 256");
+  score.context = std::vector<int32_t>{};
+  EXPECT_EQ(Score(*engine, score).status().message(), "context: has no tokens; at least 1 is needed");
+
+  EXPECT_EQ(Generate(*engine, GreedyRequest({1, 2, 3}, 4)).token_ids.size(), 4u) << "the engine goes on";
+  ExpectNoPagesLeft(*engine);
+}
+
+TEST(EngineTest, ACheckpointWithoutTokenizerTakesIdsAndSaysSoForText) {
+  const std::unique_ptr<Engine> engine = Start(Options("H"));
+  GenerateRequest request = GreedyRequest({}, 4);
+  request.prompt = "text";
+  const absl::Status status = Generate(*engine, request).finished.status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("send token ids"));
+  EXPECT_EQ(Generate(*engine, GreedyRequest({600, 1, 2}, 4)).token_ids.size(), 4u);
+}
+
+TEST(EngineTest, CancelledRequestsGiveTheirPagesBackAndHurtNobody) {
+  const GoldenCase golden = LoadGolden("A");
+  EngineOptions options = Options("A");
+  options.max_sequences = 4;  // so that some are cancelled while they wait
+  const std::unique_ptr<Engine> engine = Start(options);
+  const GenerateRequest request = GreedyRequest(golden.sequences[0].tokens, 200);
+  const Generated solo = Generate(*engine, request);
+  std::vector<std::shared_ptr<Collector>> collectors;
+  std::vector<std::string> ids;
+  for (int i = 0; i < 12; ++i) {
+    collectors.push_back(std::make_shared<Collector>());
+    GenerateRequest named = request;
+    named.id = "request-" + std::to_string(i);
+    ids.push_back(engine->Generate(named, collectors.back()));
+  }
+  collectors[0]->WaitForFirstDelta();
+  for (int i = 0; i < 12; i += 2) EXPECT_TRUE(engine->Cancel(ids[i])) << i;
+  int cancelled = 0;
+  for (int i = 0; i < 12; ++i) {
+    const Generated generated = collectors[i]->Wait();
+    if (i % 2 == 0) {
+      cancelled += generated.finished.status().code() == absl::StatusCode::kCancelled;
+      const std::vector<int32_t> begin(solo.token_ids.begin(), solo.token_ids.begin() + static_cast<int64_t>(generated.token_ids.size()));
+      EXPECT_EQ(generated.token_ids, begin);
+    } else {
+      EXPECT_EQ(generated, solo);
+    }
+  }
+  EXPECT_GE(cancelled, 5);
+  EXPECT_FALSE(engine->Cancel("request-0")) << "an id is free once its request has ended";
+  ExpectNoPagesLeft(*engine);
+}
+
+TEST(EngineTest, ADeadlineEndsAGenerationAndFreesItsPages) {
+  EngineOptions options = Options("A");
+  const std::unique_ptr<Engine> engine = Start(options);
+  // Many at once, so that 250 tokens take longer than the deadline on any machine fast enough to test on.
+  std::vector<GenerateRequest> requests(64, GreedyRequest({1, 2, 3}, 250));
+  for (GenerateRequest& request : requests) request.deadline = absl::Now() + absl::Milliseconds(20);
+  for (const Generated& generated : GenerateAll(*engine, requests)) {
+    if (generated.finished.ok()) continue;
+    EXPECT_EQ(generated.finished.status().code(), absl::StatusCode::kDeadlineExceeded);
+  }
+  ExpectNoPagesLeft(*engine);
+}
+
+TEST(EngineTest, TheSameIdTwiceIsRefusedWhileTheFirstRuns) {
+  const std::unique_ptr<Engine> engine = Start(Options("A"));
+  GenerateRequest request = GreedyRequest({1, 2, 3}, 250);
+  request.id = "mine";
+  auto first = std::make_shared<Collector>();
+  engine->Generate(request, first);
+  const absl::Status second = Generate(*engine, request).finished.status();
+  EXPECT_EQ(second.code(), absl::StatusCode::kAlreadyExists);
+  EXPECT_THAT(std::string(second.message()), HasSubstr("mine"));
+  EXPECT_TRUE(first->Wait().finished.ok());
+  EXPECT_TRUE(Generate(*engine, request).finished.ok());
+}
+
+TEST(EngineTest, AFullQueueRefusesAtOnce) {
+  EngineOptions options = Options("A");
+  options.max_sequences = 1;
+  options.max_waiting = 2;
+  const std::unique_ptr<Engine> engine = Start(options);
+  std::vector<GenerateRequest> requests(10, GreedyRequest({1, 2, 3}, 250));
+  int refused = 0;
+  for (const Generated& generated : GenerateAll(*engine, requests)) {
+    if (generated.finished.ok()) continue;
+    EXPECT_EQ(generated.finished.status().code(), absl::StatusCode::kResourceExhausted);
+    ++refused;
+  }
+  EXPECT_GE(refused, 1);
+  EXPECT_LE(refused, 7);
+  ExpectNoPagesLeft(*engine);
+}
+
+TEST(EngineTest, DrainFinishesWhatRunsAndRefusesTheRest) {
+  const std::unique_ptr<Engine> engine = Start(Options("A"));
+  auto running = std::make_shared<Collector>();
+  engine->Generate(GreedyRequest({1, 2, 3}, 250), running);
+  std::thread drain([&] { engine->Drain(absl::Seconds(60)); });
+  while (!engine->load().draining) std::this_thread::yield();
+  EXPECT_EQ(Generate(*engine, GreedyRequest({1}, 1)).finished.status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_TRUE(running->Wait().finished.ok());
+  drain.join();
+}
+
+TEST(EngineTest, DrainEndsWhatOutlastsItsLimit) {
+  const std::unique_ptr<Engine> engine = Start(Options("A"));
+  std::vector<std::shared_ptr<Collector>> collectors;
+  for (int i = 0; i < 64; ++i) {
+    collectors.push_back(std::make_shared<Collector>());
+    engine->Generate(GreedyRequest({1, 2, 3}, 250), collectors.back());
+  }
+  engine->Drain(absl::ZeroDuration());
+  int ended = 0;
+  for (const auto& collector : collectors) ended += collector->Wait().finished.status().code() == absl::StatusCode::kUnavailable;
+  EXPECT_GE(ended, 1);
+  ExpectNoPagesLeft(*engine);
+}
+
+TEST(EngineTest, DestructionEndsWhatRuns) {
+  std::unique_ptr<Engine> engine = Start(Options("A"));
+  std::vector<std::shared_ptr<Collector>> collectors;
+  for (int i = 0; i < 64; ++i) {
+    collectors.push_back(std::make_shared<Collector>());
+    engine->Generate(GreedyRequest({1, 2, 3}, 250), collectors.back());
+  }
+  engine.reset();
+  for (const auto& collector : collectors) {
+    const Generated generated = collector->Wait();
+    if (generated.finished.ok()) continue;
+    EXPECT_EQ(generated.finished.status().code(), absl::StatusCode::kUnavailable);
+  }
+}
+
+TEST(EngineTest, APlanThatDoesNotFitSaysWhatWould) {
+  EngineOptions options = Options("A");
+  options.memory_limit_bytes = 16 << 20;
+  options.kv_cache_bytes = 64 << 20;
+  const absl::Status status = Engine::Create(options).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(status.message()), ::testing::ContainsRegex("the plan needs .* MiB.*16.0 MiB are available; --kv_cache_bytes=[0-9]+ would fit"));
+  const std::string message(status.message());
+  const size_t at = message.find("--kv_cache_bytes=") + 17;
+  options.kv_cache_bytes = std::stoll(message.substr(at));
+  EXPECT_TRUE(Engine::Create(options).ok()) << "the advice holds";
+}
+
+TEST(EngineTest, ADryRunPlansAndStops) {
+  EngineOptions options = Options("A");
+  options.dry_run = true;
+  const absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(options);
+  ASSERT_TRUE(engine.ok());
+  EXPECT_EQ(*engine, nullptr);
+}
+
+TEST(EngineTest, WrongOptionsAreNamed) {
+  const auto error = [](const std::function<void(EngineOptions&)>& change) {
+    EngineOptions options = Options("A");
+    change(options);
+    return std::string(Engine::Create(options).status().message());
+  };
+  EXPECT_THAT(error([](auto& o) { o.checkpoint = "/nowhere"; }), HasSubstr("/nowhere/config.json"));
+  EXPECT_THAT(error([](auto& o) { o.kv_page_size = 24; }), HasSubstr("kv_page_size: 24 is not a multiple of 16"));
+  EXPECT_THAT(error([](auto& o) { o.max_context_tokens = 257; }), HasSubstr("max_context_tokens: 257 is not in [0, 256]"));
+  EXPECT_THAT(error([](auto& o) { o.backend = "cuda"; }), HasSubstr("backend: 'cuda'"));
+  EXPECT_THAT(error([](auto& o) { o.devices = {0, 0}; }), HasSubstr("devices: each must be a different number"));
+  EXPECT_THAT(error([](auto& o) { o.weight_dtype = "int3"; }), HasSubstr("weight_dtype: 'int3' is not one of auto, f32, bf16"));
+  EXPECT_THAT(error([](auto& o) { o.activation_dtype = "bf16"; }), HasSubstr("activation_dtype: bf16 needs weight_dtype bf16"));
+  EXPECT_THAT(error([](auto& o) { o.isa = "MMX"; }), HasSubstr("MMX"));
+  EXPECT_THAT(error([](auto& o) { o.kv_cache_bytes = 100; }), HasSubstr("kv_cache_bytes: 100 is less than one page"));
+}
+
+}  // namespace
+}  // namespace memserve::engine
