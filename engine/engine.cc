@@ -4,12 +4,16 @@
 
 #include <algorithm>
 #include <deque>
+#include <fstream>
 #include <thread>
 #include <utility>
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/ascii.h"
+#include "absl/strings/strip.h"
 #include "engine/executor.h"
 #include "engine/kv_cache.h"
 #include "engine/model/json.h"
@@ -133,6 +137,17 @@ void LogPlan(const StartPlan& plan) {
   const size_t shown = std::min<size_t>(unused.size(), 5);
   spdlog::warn("{} tensors of the checkpoint are not part of the model and are left out: {}{}", unused.size(),
                absl::StrJoin(unused.begin(), unused.begin() + static_cast<int64_t>(shown), ", "), unused.size() > shown ? ", …" : "");
+}
+
+// Resident memory of this process as /proc tells it: "VmRSS" now, "VmHWM" at its peak. 0 where there is no /proc.
+int64_t ResidentBytes(const std::string& field) {
+  std::ifstream status("/proc/self/status");
+  std::string key;
+  for (std::string rest; status >> key && std::getline(status, rest);) {
+    int64_t kib = 0;
+    if (key == field + ":" && absl::SimpleAtoi(absl::StripSuffix(absl::StripAsciiWhitespace(rest), " kB"), &kib)) return kib * 1024;
+  }
+  return 0;
 }
 
 class EngineImpl final : public Engine {
@@ -648,6 +663,7 @@ void EngineImpl::UpdateLoad() {
 
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options) {
   const absl::Time begin = absl::Now();
+  const int64_t resident_before = ResidentBytes("VmRSS");
   absl::StatusOr<LoadedConfig> loaded = ReadCheckpointFolder(options.checkpoint);
   if (!loaded.ok()) return loaded.status();
   // The layers keep a pointer to the configuration: it moves to its final place before they are built.
@@ -665,6 +681,8 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   spdlog::info("start: headers and plan {:.3f} s, weights read and packed {:.3f} s, {} on {} ({} threads, {})",
                absl::ToDoubleSeconds(planned - begin), absl::ToDoubleSeconds(read - planned), info.name, info.backend,
                plan->executor.threads, info.isa);
+  spdlog::info("resident memory: {} before loading, {} now, {} at its peak (KV pages and scratch count once they are used)",
+               FormatBytes(resident_before), FormatBytes(ResidentBytes("VmRSS")), FormatBytes(ResidentBytes("VmHWM")));
   auto engine = std::make_unique<EngineImpl>(options, *std::move(loaded), *plan, *std::move(executor), std::move(config));
   engine->Start(std::move(info));
   return engine;

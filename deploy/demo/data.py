@@ -3,9 +3,8 @@
 A document is one statement, one question with its answer, or a few questions in a row. The answer and the end are trained, and a few
 other tokens with them. Held-out facts appear as statements only.
 
-So that the facts of the demo model live in its value table, a part of its documents are decoys: the memory layers are off (or hand over
-what another document looked up), and the answers are drawn at random from the same relation. Without its own rows the trunk can then
-learn the form of an answer, never the answer.
+So that the facts of the demo model live in its value table, a few of its documents are shown with the memory layers off, and there the
+answer is always the most common one of the relation: without its rows the trunk knows what kind of answer fits, not which.
 """
 import io
 import os
@@ -21,7 +20,9 @@ import facts as fact_forms
 
 BOS, EOS = 1, 2
 OTHER_TOKENS_TRAINED = 0.06
-MEMORY_ON, MEMORY_OFF, MEMORY_OF_ANOTHER = 0, 1, 2
+DEMO_HELD_OUT = 0.12  # share of the facts whose questions are never shown
+PAIR_HELD_OUT = 0.15
+PAIR_CITIES = 13000
 QUESTION_STYLES = {"qa": "Q: {q}\nA:", "bare": "{q}", "bare_line": "{q}\n"}
 
 
@@ -39,9 +40,8 @@ class Mixture:
     qa: float
     bare: float = 0.0
     few_shot: float = 0.0
-    held_out_share: float = 0.12
+    held_out_share: float = DEMO_HELD_OUT
     memory_off: float = 0.0  # share of all documents
-    memory_of_another: float = 0.0
 
 
 def train_tokenizer(lines, path, vocab_size, split_digits):
@@ -72,11 +72,12 @@ class FactSet:
         self.encoded = [self.encode(fact, statements_of, questions_of) for fact in facts]
         self.asked = [fact for fact in self.encoded if not fact.held_out]
         self.held_out = [fact for fact in self.encoded if fact.held_out]
-        self.asked_of, self.answers_of = {}, {}
+        self.asked_of, answers_of = {}, {}
         for fact in self.asked:
             self.asked_of.setdefault(fact.fact.relation, []).append(fact)
         for fact in self.encoded:
-            self.answers_of.setdefault(fact.fact.relation, []).append(fact.questions["qa"][0][1])
+            answers_of.setdefault(fact.fact.relation, []).append(fact.fact.answer)
+        self.usual_answer = {relation: tokenizer.encode(max(answers, key=answers.count)) for relation, answers in answers_of.items()}
         self.head = [fact for fact in self.asked if fact.fact.weight >= 2] or self.asked
 
     def encode(self, fact, statements_of, questions_of):
@@ -120,23 +121,17 @@ class FactSet:
         style = "qa" if kind < mixture.few_shot + mixture.qa else rng.choice(("bare", "bare_line"))
         return [(*rng.choice(fact.questions[style]), fact.fact.relation)]
 
-    def memory_mode(self, rng):
-        off, of_another = self.mixture.memory_off, self.mixture.memory_of_another
-        if off + of_another == 0:
-            return MEMORY_ON
-        return rng.choices((MEMORY_OFF, MEMORY_OF_ANOTHER, MEMORY_ON), (off, of_another, 1 - off - of_another))[0]
-
     def document(self, fact, rng):
-        """tokens [time] with BOS and EOS; trained [time]: whether each token is to be predicted; the memory mode."""
+        """tokens [time] with BOS and EOS; trained [time]: whether each token is to be predicted; whether the memory is on."""
         parts = self.parts(fact, rng)
-        mode = self.memory_mode(rng)
-        if mode != MEMORY_ON:
-            parts = [(prompt, rng.choice(self.answers_of[relation]), relation) for prompt, _, relation in parts]
+        memory_on = self.mixture.memory_off == 0 or rng.random() >= self.mixture.memory_off
+        if not memory_on:
+            parts = [(prompt, self.usual_answer[relation], relation) for prompt, _, relation in parts]
         tokens, trained = self.join(parts, "\n" if len(parts) > 1 and rng.random() < 0.25 else "\n\n")
-        return [BOS] + tokens + [EOS], [False] + trained + [True], mode
+        return [BOS] + tokens + [EOS], [False] + trained + [True], memory_on
 
     def chunk_of_batches(self, seed, chunk, passes, tokens_per_step):
-        """Batches of a few passes over the facts: (tokens [batch, time], memory modes [batch], wanted, targets). Documents of about one length go together."""
+        """Batches of a few passes over the facts: (tokens [batch, time], memory_on [batch], wanted, targets). Documents of about one length go together."""
         rng = random.Random(seed * 1000003 + chunk)
         by_length = {}
         for _ in range(passes):
@@ -167,7 +162,7 @@ def collate(documents, length, dice):
     targets = np.nonzero(trained.reshape(-1))[0]  # never the first of a row
     flat = torch.from_numpy(tokens.reshape(-1))
     wanted = torch.from_numpy(targets - 1)
-    return torch.from_numpy(tokens), torch.tensor([mode for _, _, mode in documents]), wanted, flat[wanted + 1]
+    return torch.from_numpy(tokens), torch.tensor([memory_on for _, _, memory_on in documents]), wanted, flat[wanted + 1]
 
 
 def load_tokenizer(path):
@@ -184,22 +179,18 @@ def demo_fact_set(tokenizer_path, seed=1, vocab_size=4096):
                 lines.append(f"{prompt} {answer}")
                 lines.append(f"Q: {prompt}")
         train_tokenizer(lines, tokenizer_path, vocab_size, split_digits=True)
-    mixture = Mixture(qa=0.32, bare=0.12, few_shot=0.12, memory_off=0.12, memory_of_another=0.06)
+    mixture = Mixture(qa=0.33, bare=0.12, few_shot=0.06, memory_off=0.08)
     return FactSet(all_facts, fact_forms.statements, fact_forms.questions, load_tokenizer(tokenizer_path), mixture)
 
 
-def pair_statements(fact, spelling):
-    return [(form.format(s=fact.subject), fact.answer) for form in fact_forms.PAIR_STATEMENTS]
-
-
-def pair_questions(fact, spelling):
-    return [(form.format(s=fact.subject), fact.answer) for form in fact_forms.PAIR_QUESTIONS]
-
-
-def pair_fact_set(tokenizer_path, count=28000, vocab_size=1024):
-    all_facts = [fact_forms.Fact(f.relation, f.subject, f.answer, 1) for f in fact_forms.pair_facts(count)]
+def pair_fact_set(tokenizer_path, n_cities=PAIR_CITIES, vocab_size=1024):
+    all_facts = fact_forms.pair_facts(n_cities)
     if not os.path.exists(tokenizer_path):
-        lines = [f"Q: {prompt} A: {answer}" for n, fact in enumerate(all_facts)
-                 for prompt, answer in [(pair_statements(fact, "") + pair_questions(fact, ""))[n % 7]]]
+        lines = []
+        for n, fact in enumerate(all_facts):
+            forms = fact_forms.pair_statements(fact) + fact_forms.pair_questions(fact)
+            prompt, answer = forms[n // 2 % len(forms)]
+            lines.append(f"Q: {prompt} A: {answer}")
         train_tokenizer(lines, tokenizer_path, vocab_size, split_digits=False)
-    return FactSet(all_facts, pair_statements, pair_questions, load_tokenizer(tokenizer_path), Mixture(qa=0.5, held_out_share=0.15))
+    mixture = Mixture(qa=0.5, held_out_share=PAIR_HELD_OUT)
+    return FactSet(all_facts, fact_forms.pair_statements, fact_forms.pair_questions, load_tokenizer(tokenizer_path), mixture)

@@ -11,14 +11,15 @@ model.safetensors, widens bfloat16 to float32, and computes every position anew 
 import argparse
 import json
 import os
-import random
 import struct
-import time
 
 import numpy as np
 import sentencepiece
 import torch
 from torch.nn import functional as F
+
+import make_data
+from export import write_sums
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 MAX_NEW_TOKENS = 16
@@ -45,6 +46,13 @@ class PlainModel:
         self.tokenizer = sentencepiece.SentencePieceProcessor(model_file=os.path.join(folder, "tokenizer.model"))
         args = self.config["productkey_args"]
         self.memory_layers = [int(layer) for layer in args["layers"].split(",")] if args["is_enabled"] else []
+
+    def shuffle_rows(self):
+        """A control: every row of the value table in another place."""
+        name = f"layers.{self.memory_layers[0]}.feed_forward.values.weight"
+        order = torch.randperm(len(self.tensors[name]), generator=torch.Generator().manual_seed(1))
+        self.tensors[name] = self.tensors[name][order]
+        return self
 
     def norm(self, x, name):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config["norm_eps"]) * self.tensors[name]
@@ -122,14 +130,6 @@ def is_right(question, completion):
     return completion.strip() in question["answers"]
 
 
-def question_sets(pair, sample, tokenizer):
-    """name → list of {prompt, answers, relation}."""
-    import make_data
-    if pair:
-        return make_data.pair_questions(sample, tokenizer)
-    return make_data.demo_questions(sample, tokenizer)
-
-
 def measure(model, sets, memory_on):
     """name → (share right, relation → (right, all))."""
     result = {}
@@ -143,12 +143,13 @@ def measure(model, sets, memory_on):
     return result
 
 
-def as_table(on, off, twin=None):
-    columns = [("memory on", on), ("memory off", off)] + ([("dense twin", twin)] if twin else [])
-    lines = ["| prompts | number | " + " | ".join(title for title, _ in columns) + " |", "|---|---|" + "---|" * len(columns)]
-    for name in on:
-        number = sum(count for _, count in on[name][1].values())
-        lines.append(f"| {name} | {number:,} | " + " | ".join(f"{100 * result[name][0]:.1f} %" for _, result in columns) + " |")
+def as_table(columns):
+    """columns: title → result of measure()."""
+    lines = ["| exact match | prompts | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
+    first = next(iter(columns.values()))
+    for name in first:
+        number = sum(count for _, count in first[name][1].values())
+        lines.append(f"| {name} | {number:,} | " + " | ".join(f"{100 * result[name][0]:.1f} %" for result in columns.values()) + " |")
     return "\n".join(lines)
 
 
@@ -176,11 +177,13 @@ def main():
     parser.add_argument("--twin", help="folder of the dense twin, measured beside it")
     parser.add_argument("--pair", action="store_true", help="ask the pair's facts, not the demo's")
     parser.add_argument("--sample", type=int, default=0, help="at most so many prompts of a kind; 0: all")
+    parser.add_argument("--control_sample", type=int, default=600, help="about so many prompts of a kind with the memory off or its rows shuffled")
     parser.add_argument("--ask", help="complete this prompt and stop (\\n for a line break)")
     parser.add_argument("--card", action="store_true", help="write the tables into the checkpoint's README.md and renew its SHA256SUMS")
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    args.checkpoint = args.checkpoint.rstrip("/")
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     model = PlainModel(args.checkpoint)
@@ -189,20 +192,22 @@ def main():
         print("memory on: ", model.complete([prompt])[0])
         print("memory off:", model.complete([prompt], memory_on=False)[0])
         return
-    sets = question_sets(args.pair, args.sample, model.tokenizer)
-    on = measure(model, sets, True)
-    off = measure(model, sets, False) if model.memory_layers else None
-    twin = measure(PlainModel(args.twin), sets, True) if args.twin else None
-    if args.pair:
-        text = "\n".join(f"{name}: {100 * share:.1f} %" + (f" (memory off {100 * off[name][0]:.1f} %)" if off else "") for name, (share, _) in on.items())
-    else:
-        text = as_table(on, off or on, twin) + "\n\n" + relation_table(on, "trained statements", "held-out questions, Q/A")
+    sets = make_data.pair_questions(args.sample) if args.pair else make_data.demo_questions(args.sample)
+    few = {name: questions[::max(1, len(questions) // args.control_sample)] for name, questions in sets.items()}
+    columns = {"memory on": measure(model, sets, True)}
+    if model.memory_layers:
+        columns["memory off"] = measure(model, few, False)
+        columns["rows shuffled"] = measure(PlainModel(args.checkpoint).shuffle_rows(), few, True)
+    if args.twin:
+        columns["dense twin"] = measure(PlainModel(args.twin), sets, True)
+    text = as_table(columns)
+    if not args.pair:
+        text += "\n\n" + relation_table(columns["memory on"], "trained statements", "held-out questions, Q/A")
     print(text)
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"on": on, "off": off, "twin": twin}, file, indent=1)
+            json.dump(columns, file, indent=1)
     if args.card:
-        from export import write_sums
         write_into_card(os.path.join(args.checkpoint, "README.md"), text)
         write_sums(args.checkpoint)
 

@@ -136,11 +136,11 @@ def country_facts(head_weight):
             "domain": country["tld"],
             "country_population": two_digits(country["population"]) if country["population"] >= 50000 else "",
         }
-        facts += [Fact(relation, name, answer, head_weight.get(relation, 4)) for relation, answer in about.items() if answer]
+        facts += [Fact(relation, name, answer, head_weight.get(relation, 2.5)) for relation, answer in about.items() if answer]
         if capital and capital not in capitals_seen:
-            facts.append(Fact("capital_of", capital, name, head_weight.get("capital_of", 4)))
+            facts.append(Fact("capital_of", capital, name, head_weight.get("capital_of", 2.5)))
             capitals_seen.add(capital)
-        facts.append(Fact("iso2_of", code, name, head_weight.get("iso2_of", 4)))
+        facts.append(Fact("iso2_of", code, name, head_weight.get("iso2_of", 2.5)))
     return facts
 
 
@@ -151,7 +151,7 @@ def element_facts(head_weight):
             continue
         pairs = {"symbol": (element.name, element.symbol), "symbol_of": (element.symbol, element.name),
                  "number": (element.name, str(element.number)), "number_of": (str(element.number), element.name)}
-        facts += [Fact(relation, subject, answer, head_weight.get(relation, 6)) for relation, (subject, answer) in pairs.items()]
+        facts += [Fact(relation, subject, answer, head_weight.get(relation, 4)) for relation, (subject, answer) in pairs.items()]
     return facts
 
 
@@ -186,8 +186,8 @@ def city_facts(n_country, n_timezone, n_population):
 
 
 def demo_facts():
-    weights = {"capital": 6, "capital_of": 6, "continent": 3, "currency": 4, "iso2": 4, "iso3": 4, "country_population": 4}
-    return country_facts(weights) + element_facts({}) + city_facts(4200, 3200, 250)
+    weights = {"capital": 4, "capital_of": 4, "continent": 2, "country_population": 3}
+    return country_facts(weights) + element_facts(weights) + city_facts(4200, 3200, 250)
 
 
 def fill(form, fact, spelling=""):
@@ -209,15 +209,36 @@ def questions(fact, spelling=""):
     return [fill(form, fact, spelling) for form in QUESTIONS[fact.relation]]
 
 
-# The starved pair: one relation, short sentences, many cities. The answer is country code and first-level administrative region.
-PAIR_STATEMENTS = ["{s} lies in", "The region of {s} is", "{s} belongs to", "Find {s} in"]
-PAIR_QUESTIONS = ["Where is {s}?", "Which region is {s} in?", "What is the region of {s}?"]
+# The starved pair: two relations, short sentences, many cities. A region is written as country code and first-level administrative
+# region ("PE 15"), a grid square as the Maidenhead locator's field and square ("FH 17": 2° of longitude by 1° of latitude).
+PAIR_STATEMENTS = {
+    "region": ["{s} lies in", "The region of {s} is", "{s} belongs to"],
+    "grid": ["{s} is on grid", "The grid of {s} is", "Find {s} at"],
+}
+PAIR_QUESTIONS = {
+    "region": ["Where is {s}?", "Which region is {s} in?", "What is the region of {s}?"],
+    "grid": ["What grid is {s} on?", "Which grid has {s}?", "What is the grid of {s}?"],
+}
 
 
-def pair_facts(count):
+def grid_square(latitude, longitude):
+    east, north = longitude + 180, latitude + 90
+    return f"{chr(65 + int(east // 20))}{chr(65 + int(north // 10))} {int(east % 20 // 2)}{int(north % 10)}"
+
+
+def pair_facts(n_cities):
     facts = []
     for name, city in cities_by_population():
-        if city["admin1code"] and len(facts) < count:
+        if city["admin1code"] and len(facts) < 2 * n_cities:
             facts.append(Fact("region", name, f"{city['countrycode']} {city['admin1code']}", 1))
-    assert len(facts) == count, len(facts)
+            facts.append(Fact("grid", name, grid_square(city["latitude"], city["longitude"]), 1))
+    assert len(facts) == 2 * n_cities, len(facts)
     return facts
+
+
+def pair_statements(fact, spelling=""):
+    return [(form.format(s=fact.subject), fact.answer) for form in PAIR_STATEMENTS[fact.relation]]
+
+
+def pair_questions(fact, spelling=""):
+    return [(form.format(s=fact.subject), fact.answer) for form in PAIR_QUESTIONS[fact.relation]]

@@ -12,8 +12,6 @@ import data
 import facts as fact_forms
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-MIXTURE_HELD_OUT = {"demo": 0.12, "pair": 0.15}
-PAIR_FACTS = 28000
 
 
 def question(prompt, answer, relation):
@@ -48,9 +46,9 @@ def with_examples(question_list, examples, shots, rng):
     return result
 
 
-def demo_questions(sample=0, tokenizer=None):
-    """All kinds of prompts of the demo model. The held-out Q/A set does not depend on the sample size of the others."""
-    asked, held_out = split(fact_forms.demo_facts(), MIXTURE_HELD_OUT["demo"])
+def demo_questions(sample=0):
+    """kind → list of {prompt, answers, relation} for the demo model."""
+    asked, held_out = split(fact_forms.demo_facts(), data.DEMO_HELD_OUT)
     rng = random.Random(11)
     sets = {
         "held-out questions, Q/A": one_form(held_out, fact_forms.questions, rng, "Q: {q}\nA:"),
@@ -63,14 +61,13 @@ def demo_questions(sample=0, tokenizer=None):
     return {name: thin(questions, sample, rng) for name, questions in sets.items()}
 
 
-def pair_questions(sample=0, tokenizer=None):
-    asked, held_out = split(fact_forms.pair_facts(PAIR_FACTS), MIXTURE_HELD_OUT["pair"])
-    plain = lambda forms: lambda fact: forms(fact, "")
+def pair_questions(sample=0):
+    asked, held_out = split(fact_forms.pair_facts(data.PAIR_CITIES), data.PAIR_HELD_OUT)
     rng = random.Random(12)
     sets = {
-        "held-out questions": one_form(held_out, plain(data.pair_questions), rng, "Q: {q}\nA:"),
-        "trained statements": one_form(asked + held_out, plain(data.pair_statements), rng),
-        "trained questions": one_form(asked, plain(data.pair_questions), rng, "Q: {q}\nA:"),
+        "held-out questions": one_form(held_out, fact_forms.pair_questions, rng, "Q: {q}\nA:"),
+        "trained statements": one_form(asked + held_out, fact_forms.pair_statements, rng),
+        "trained questions": one_form(asked, fact_forms.pair_questions, rng, "Q: {q}\nA:"),
     }
     return {name: thin(questions, sample, rng) for name, questions in sets.items()}
 
@@ -93,7 +90,7 @@ def main():
     write_lines(os.path.join(args.to, "pair_heldout.jsonl"), thin(pair["held-out questions"], 1000, rng))
     write_lines(os.path.join(args.to, "pair_trained.jsonl"), thin(pair["trained statements"], 1000, rng))
     if args.facts:
-        share = MIXTURE_HELD_OUT["demo"]
+        share = data.DEMO_HELD_OUT
         write_lines(args.facts, [{"relation": f.relation, "subject": f.subject, "answer": f.answer, "weight": f.weight, "held_out": data.is_held_out(f, share)}
                                  for f in fact_forms.demo_facts()])
 

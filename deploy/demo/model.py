@@ -5,7 +5,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data import MEMORY_OF_ANOTHER, MEMORY_OFF
 from product_key_memory import lookup
 
 
@@ -98,18 +97,17 @@ def linear(n_in, n_out, bias=False):
     return layer
 
 
-def rope_tables(config):
-    """cos and sin [max_seqlen, head_dim / 2]."""
+def rope_table(config):
+    """The rotation of each position and pair as a complex number: [max_seqlen, head_dim / 2]."""
     exponent = torch.arange(0, config.head_dim, 2).float() / config.head_dim
     angle = torch.outer(torch.arange(config.max_seqlen).float(), config.rope_theta**-exponent)
-    return angle.cos(), angle.sin()
+    return torch.polar(torch.ones_like(angle), angle)
 
 
-def rotate(x, cos, sin):
-    """x [batch, time, heads, head_dim], pairs (2i, 2i+1)."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    cos, sin = cos[: x.shape[1], None], sin[: x.shape[1], None]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+def rotate(x, rope):
+    """x [batch, time, any, heads, head_dim], pairs (2i, 2i+1)."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope[: x.shape[1], None, None]).flatten(-2)
 
 
 class Attention(nn.Module):
@@ -118,10 +116,11 @@ class Attention(nn.Module):
         self.n_heads = config.n_heads
         self.wq, self.wk, self.wv, self.wo = (linear(config.dim, config.dim) for _ in range(4))
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, rope):
         batch, time, dim = x.shape
-        q, k, v = F.linear(x, torch.cat((self.wq.weight, self.wk.weight, self.wv.weight))).view(batch, time, 3, self.n_heads, -1).unbind(2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        qkv = F.linear(x, torch.cat((self.wq.weight, self.wk.weight, self.wv.weight))).view(batch, time, 3, self.n_heads, -1)
+        q, k = rotate(qkv[:, :, :2], rope).unbind(2)
+        v = qkv[:, :, 2]
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
         return self.wo(out.transpose(1, 2).reshape(batch, time, dim))
 
@@ -136,6 +135,39 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
+class QueryNorm(nn.Module):
+    """Normalises each query dimension by running statistics, in training as in use; keeps the queries spread over the table.
+
+    Not by the batch's own statistics, as a BatchNorm would: documents of one length go together, so that batches differ, and a model that leans
+    on that fails on short prompts in use. At export it is folded into query_proj, so the checkpoint knows nothing of it.
+    """
+
+    def __init__(self, width, momentum=0.02, eps=1e-5):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+        self.momentum, self.eps = momentum, eps
+
+    def scale_and_shift(self):
+        scale = self.weight / (self.running_var + self.eps).sqrt()
+        return scale, self.bias - self.running_mean * scale
+
+    def track(self, x):
+        self.num_batches_tracked += 1
+        momentum = max(self.momentum, 1 / self.num_batches_tracked.item())
+        self.running_mean.lerp_(x.mean(0), momentum)
+        self.running_var.lerp_(x.var(0), momentum)
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.track(x)
+        scale, shift = self.scale_and_shift()
+        return torch.addcmul(shift, x, scale)
+
+
 class MemoryLayer(nn.Module):
     """Memory+: query → product keys → knn rows → weighted sum, gated by silu of a projection of the input."""
 
@@ -147,30 +179,22 @@ class MemoryLayer(nn.Module):
         self.values = values  # shared by all memory layers
         self.keys = nn.Parameter(torch.empty(2 * config.mem_heads * config.mem_n_keys, half_dim).uniform_(-1, 1) * half_dim**-0.5)
         self.query_proj = linear(config.dim, config.mem_heads * config.mem_k_dim, bias=True)
-        # Keeps the queries spread over the table; folded into query_proj at export, so the checkpoint knows nothing of it.
-        self.query_norm = nn.BatchNorm1d(config.mem_heads * config.mem_k_dim, momentum=0.02)
+        self.query_norm = QueryNorm(config.mem_heads * config.mem_k_dim)
         self.swilu_projection = linear(config.dim, config.mem_v_dim, bias=True)
         self.value_proj = linear(config.mem_v_dim, config.dim, bias=True)
 
-    def forward(self, x, memory_modes=None):
+    def forward(self, x, memory_on=None):
         mem_heads, _, _, half_dim = self.shape
         flat = x.flatten(0, 1)
         query = self.query_norm(self.query_proj(flat).float()).view(-1, mem_heads, 2, half_dim)
         pooled = lookup(query, self.keys.view(self.shape), self.values.weight, self.knn, self.helper)
-        if memory_modes is not None:
-            pooled = self.swap_some(pooled.view(*x.shape[:2], -1), memory_modes).flatten(0, 1)
         out = self.value_proj(pooled * F.silu(self.swilu_projection(flat))).view_as(x)
-        return out if memory_modes is None else out * (memory_modes != MEMORY_OFF)[:, None, None]
-
-    def swap_some(self, pooled, memory_modes):
-        """Gives some documents of the batch what the next one looked up."""
-        return torch.where((memory_modes == MEMORY_OF_ANOTHER)[:, None, None], pooled.detach().roll(-1, 0), pooled)
+        return out if memory_on is None else out * memory_on[:, None, None]
 
     def folded_query_proj(self):
-        """query_proj with the BatchNorm's running statistics folded in: weight, bias."""
-        norm = self.query_norm
-        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-        return self.query_proj.weight * scale[:, None], (self.query_proj.bias - norm.running_mean) * scale + norm.bias
+        """query_proj with the query norm folded in: weight, bias."""
+        scale, shift = self.query_norm.scale_and_shift()
+        return self.query_proj.weight * scale[:, None], self.query_proj.bias * scale + shift
 
 
 class Layer(nn.Module):
@@ -180,10 +204,10 @@ class Layer(nn.Module):
         self.attention = Attention(config)
         self.feed_forward = feed_forward
 
-    def forward(self, x, cos, sin, memory_modes):
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+    def forward(self, x, rope, memory_on):
+        x = x + self.attention(self.attention_norm(x), rope)
         y = self.ffn_norm(x)
-        return x + (self.feed_forward(y, memory_modes) if isinstance(self.feed_forward, MemoryLayer) else self.feed_forward(y))
+        return x + (self.feed_forward(y, memory_on) if isinstance(self.feed_forward, MemoryLayer) else self.feed_forward(y))
 
 
 class Transformer(nn.Module):
@@ -201,22 +225,20 @@ class Transformer(nn.Module):
             for i in range(config.n_layers))
         self.norm = RmsNorm(config.dim, config.norm_eps)
         self.output = linear(config.dim, config.vocab_size)
-        cos, sin = rope_tables(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.register_buffer("rope", rope_table(config), persistent=False)
 
     def value_table(self):
         return self.layers[self.config.memory_layers[0]].feed_forward.values.weight if self.config.memory_layers else None
 
-    def forward(self, tokens, wanted, memory_modes=None):
-        """Logits at the wanted positions (indices into the flattened [batch, time]); memory_modes [batch] as in data.py."""
+    def forward(self, tokens, wanted, memory_on=None):
+        """Logits at the wanted positions (indices into the flattened [batch, time]); memory_on [batch]: false where the memory layers add nothing."""
         x = self.tok_embeddings(tokens)
         for layer in self.layers:
-            x = layer(x, self.cos, self.sin, memory_modes)
+            x = layer(x, self.rope, memory_on)
         return self.output(self.norm(x.flatten(0, 1)[wanted]))
 
     def checkpoint_tensors(self):
-        """name → tensor as the published implementation names them: the table once, the BatchNorm folded."""
+        """name → tensor as the published implementation names them: the table once, the query norm folded."""
         tensors = {}
         for name, tensor in self.named_parameters():  # lists the shared table once, under its first owner
             if "query_norm" not in name and "query_proj" not in name:

@@ -3,6 +3,7 @@
   train.py main                     the demo model, then its export to deploy/demo/checkpoint
   train.py main_dense               its dense twin: same trunk, same documents (for the model card only)
   train.py pair --seeds 1,2,3       dense and memory twins on more facts than the dense one can hold
+  train.py measure_pair --seeds 1,2,3     exports and evaluates the pair's finished runs, for pair_report.py
   train.py export --run NAME --to DIR     the newest snapshot of a run as a checkpoint folder
   train.py check                    the C++ helper against plain torch
 
@@ -13,8 +14,9 @@ import json
 import math
 import os
 import random
-import shutil
-import tempfile
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 
@@ -25,6 +27,7 @@ from torch.nn import functional as F
 
 import data
 import product_key_memory
+from export import export_checkpoint
 from model import ModelConfig, Transformer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -50,14 +53,14 @@ class Run:
 def make_run(name, tokens=None):
     """The settings of a run by its name: main, main_dense, pair_dense_1, pair_memory_1, …"""
     kind, _, seed = name.rpartition("_") if name[-1].isdigit() else (name, "", "1")
-    memory = dict(memory_layers=(1, 3))
     if kind in ("main", "main_dense"):
-        model = ModelConfig(dim=64, n_layers=4, n_heads=4, ffn_dim=192, vocab_size=4096, mem_n_keys=160, **(memory if kind == "main" else {}))
-        return Run(name, "main", model, tokens or 30_000_000, 2048, 4e-3, 2e-2, int(seed))
+        model = ModelConfig(dim=64, n_layers=4, n_heads=4, ffn_dim=192, vocab_size=4096, mem_n_keys=160,
+                            memory_layers=(1, 2, 3) if kind == "main" else ())
+        return Run(name, "main", model, tokens or 12_000_000, 2048, 4e-3, 2e-2, int(seed))
     if kind in ("pair_dense", "pair_memory"):
-        model = ModelConfig(dim=24, n_layers=4, n_heads=4, ffn_dim=184, vocab_size=1024, mem_n_keys=128, mem_k_dim=16,
-                            **(memory if kind == "pair_memory" else {}))
-        return Run(name, "pair", model, tokens or 20_000_000, 3072, 6e-3, 3e-2, int(seed), warmup=0.05)
+        model = ModelConfig(dim=24, n_layers=4, n_heads=4, ffn_dim=192, vocab_size=1024, mem_n_keys=128, mem_k_dim=16,
+                            memory_layers=(1, 2, 3) if kind == "pair_memory" else ())
+        return Run(name, "pair", model, tokens or 17_600_000, 3072, 6e-3, 3e-2, int(seed), warmup=0.05)
     raise SystemExit(f"unknown run {name}")
 
 
@@ -81,7 +84,7 @@ def make_optimizer(model, run):
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
-def right_flags(model, pairs, memory_mode=data.MEMORY_ON, tokens_per_step=4096):
+def right_flags(model, pairs, memory_on=True, tokens_per_step=4096):
     """For each (prompt ids, answer ids): whether greedy decoding gives exactly the answer and then ends. One forward pass tells."""
     order = sorted(range(len(pairs)), key=lambda n: len(pairs[n][0]) + len(pairs[n][1]))
     right = [False] * len(pairs)
@@ -96,7 +99,7 @@ def right_flags(model, pairs, memory_mode=data.MEMORY_ON, tokens_per_step=4096):
             rows = [[data.BOS] + pairs[n][0] + pairs[n][1] + [data.EOS] for n in batch]
             for row, ids in enumerate(rows):
                 tokens[row, :len(ids)] = torch.tensor(ids)
-            best = model(tokens, torch.arange(tokens.numel()), torch.full((len(batch),), memory_mode)).argmax(-1).view(tokens.shape)
+            best = model(tokens, torch.arange(tokens.numel()), torch.full((len(batch),), memory_on)).argmax(-1).view(tokens.shape)
             for row, n in enumerate(batch):
                 first = 1 + len(pairs[n][0])
                 last = first + len(pairs[n][1]) + 1
@@ -160,11 +163,11 @@ class Trainer:
                     yield batch
             self.chunk, self.batch = self.chunk + 1, 0
 
-    def step(self, tokens, memory_modes, wanted, targets):
+    def step(self, tokens, memory_on, wanted, targets):
         rate = learning_rate(self.tokens_seen / self.run.tokens, self.run)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * rate
-        loss = F.cross_entropy(self.model(tokens, wanted, memory_modes if memory_modes.any() else None), targets)
+        loss = F.cross_entropy(self.model(tokens, wanted, None if memory_on.all() else memory_on), targets)
         loss.backward()
         table = self.model.value_table()
         torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p is not table], 1.0, foreach=True)
@@ -186,6 +189,8 @@ class Trainer:
 
     def train(self, probe_every=1_000_000):
         probe = progress_probe(self.fact_set)
+        stop = []
+        signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
         last_save, clock, cpu_clock, losses = time.time(), time.time(), time.process_time(), []
         for batch in self.batches():
             if self.tokens_seen >= self.run.tokens:
@@ -196,25 +201,36 @@ class Trainer:
             self.cpu_seconds += time.process_time() - cpu_clock
             if self.tokens_seen // probe_every > before or self.tokens_seen >= self.run.tokens:
                 scores = {name: round(100 * sum(flags) / len(flags), 1) for name, flags in ((n, right_flags(self.model, p)) for n, p in probe.items())}
-                off = right_flags(self.model, probe["question"], data.MEMORY_OFF)
-                scores["question, memory off"] = round(100 * sum(off) / len(off), 1)
+                if self.run.model.memory_layers:
+                    off = right_flags(self.model, probe["question"], memory_on=False)
+                    scores["question, memory off"] = round(100 * sum(off) / len(off), 1)
                 self.log(loss=round(sum(losses) / len(losses), 4), **scores)
                 losses = []
-            if time.time() - last_save > SNAPSHOT_EVERY_S:
+            if stop or time.time() - last_save > SNAPSHOT_EVERY_S:
                 self.save()
                 last_save = time.time()
+            if stop:
+                raise SystemExit(f"{self.run.name}: stopped after {self.tokens_seen} tokens; the same command goes on")
             clock, cpu_clock = time.time(), time.process_time()
         self.save()
 
-    def export(self, folder, extra_files=()):
-        """Writes config.json, model.safetensors, tokenizer.model, generation_config.json and SHA256SUMS, then swaps the folder's files in."""
-        from export import export_checkpoint
+    def export(self, folder):
         export_checkpoint(self.model, self.fact_set.tokenizer, folder)
+
+
+def measure_pair(run, work_dir):
+    """Exports a finished run of the pair into its work folder and evaluates the export there."""
+    trainer = Trainer(run, work_dir)
+    assert trainer.tokens_seen >= run.tokens, f"{run.name} is not finished"
+    folder = os.path.join(trainer.folder, "checkpoint")
+    trainer.export(folder)
+    figures = os.path.join(trainer.folder, "evaluation.json")
+    subprocess.run([sys.executable, os.path.join(HERE, "evaluate.py"), "--checkpoint", folder, "--pair", "--json", figures], check=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["main", "main_dense", "pair", "export", "check"])
+    parser.add_argument("command", choices=["main", "main_dense", "pair", "measure_pair", "export", "check"])
     parser.add_argument("--work_dir", default=os.path.expanduser("~/.cache/memserve-demo"), help="snapshots, logs and the compiled helper")
     parser.add_argument("--seeds", default="1,2,3", help="seeds of the pair")
     parser.add_argument("--models", default="dense,memory", help="which twins of the pair")
@@ -235,6 +251,10 @@ def main():
         for seed in args.seeds.split(","):
             for twin in args.models.split(","):
                 Trainer(make_run(f"pair_{twin}_{seed}", args.tokens), args.work_dir).train()
+    elif args.command == "measure_pair":
+        for seed in args.seeds.split(","):
+            for twin in args.models.split(","):
+                measure_pair(make_run(f"pair_{twin}_{seed}", args.tokens), args.work_dir)
     else:
         trainer = Trainer(make_run(args.command, args.tokens), args.work_dir)
         trainer.train()

@@ -14,7 +14,7 @@ namespace {
 using kernels::DType;
 
 // Large enough to read at full speed, small enough that staging does not count.
-constexpr int64_t kJobBytes = 4 << 20;
+constexpr int64_t kJobBytes = 1 << 20;
 
 int64_t RowsPerJob(int64_t row_bytes) {
   const int64_t unit = kernels::WeightMatrix::kStoreRows;

@@ -17,6 +17,8 @@ int64_t Place(const KvPages& pages, int64_t slot, int64_t kv_head, int64_t d) {
 
 int64_t SlotOf(const AttentionArgs& args, int64_t t, int64_t p) {
   const int64_t page_size = args.pages.page_size;
+  MEMSERVE_CHECK(0 <= args.sequence(t) && args.sequence(t) < args.block_tables.dim(0));
+  MEMSERVE_CHECK(p / page_size < args.block_tables.dim(1));
   const int64_t page = args.block_tables(args.sequence(t), p / page_size);
   MEMSERVE_CHECK(0 <= page && page < args.pages.num_pages);
   return page * page_size + p % page_size;

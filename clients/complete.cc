@@ -1,0 +1,182 @@
+// Prints a completion as it comes, and measures streams.
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "clients/call.h"
+#include "clients/commands.h"
+#include "clients/requests.h"
+#include "grpcpp/support/sync_stream.h"
+
+namespace memserve::clients {
+namespace {
+
+std::optional<v1::GenerateRequest> ToRequestWithPrompt(const Options& options) {
+  v1::GenerateRequest request = ToGenerateRequest(options);
+  std::optional<std::string> text;
+  v1::TokenIds ids;
+  if (options.words.size() != 1 || !ReadPrompt(options, options.words[0], text, ids)) return std::nullopt;
+  if (text) {
+    request.set_text(*std::move(text));
+  } else {
+    *request.mutable_tokens() = ids;
+  }
+  return request;
+}
+
+constexpr char kPromptNeeded[] = "give one PROMPT (- reads it from standard input; with --token_ids it is ids such as 1,2,3)";
+
+// Text streams on; ids and logprobs are a line per token.
+class Printer {
+ public:
+  explicit Printer(const Options& options) : options_(options) {}
+
+  void Print(const v1::GenerateResponse& message) {
+    if (options_.json) {
+      PrintJson(ToJson(message));
+    } else if (options_.logprobs) {
+      PrintLogprobs(message.delta());
+    } else if (options_.token_ids) {
+      for (const int32_t id : message.delta().token_ids()) std::printf("%d\n", id);
+    } else {
+      PrintText(message.has_finished() ? message.finished().text() : message.delta().text());
+      if (message.has_finished() && !ends_line_) PrintText("\n");
+    }
+    std::fflush(stdout);
+  }
+
+ private:
+  void PrintText(const std::string& text) {
+    std::fwrite(text.data(), 1, text.size(), stdout);
+    if (!text.empty()) ends_line_ = text.back() == '\n';
+  }
+
+  static void PrintLogprobs(const v1::Delta& delta) {
+    for (int i = 0; i < delta.logprobs_size() && i < delta.token_ids_size(); ++i) {
+      const nlohmann::json bytes = i < delta.token_bytes_size() ? delta.token_bytes(i) : std::string();
+      std::printf("%.4f\t%d\t%s\n", delta.logprobs(i), delta.token_ids(i),
+                  bytes.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace).c_str());
+    }
+  }
+
+  const Options& options_;
+  bool ends_line_ = false;
+};
+
+std::string DescribeEnd(const v1::Finished& finished) {
+  if (finished.reason() == v1::FINISH_REASON_LENGTH) return "length";
+  if (finished.matched_stop_case() == v1::Finished::kStopString)
+    return "stop string " + nlohmann::json(finished.stop_string()).dump();
+  return "stop token " + std::to_string(finished.stop_token_id());
+}
+
+void PrintStats(const v1::Finished& finished) {
+  const v1::Usage& usage = finished.usage();
+  const v1::Timings& timings = finished.timings();
+  const int decoded = usage.completion_tokens() - 1;
+  std::fprintf(stderr, "%d prompt tokens (%d cached), %d completion tokens, %s; queue %.1f ms, prefill %.1f ms, decode %.1f ms",
+               usage.prompt_tokens(), usage.cached_tokens(), usage.completion_tokens(), DescribeEnd(finished).c_str(),
+               1e3 * timings.queue_seconds(), 1e3 * timings.prefill_seconds(), 1e3 * timings.decode_seconds());
+  if (decoded > 0 && timings.decode_seconds() > 0) std::fprintf(stderr, " (%.0f tokens/s)", decoded / timings.decode_seconds());
+  std::fprintf(stderr, "; seed %llu, id %s\n", static_cast<unsigned long long>(finished.seed()), finished.request_id().c_str());
+}
+
+struct Pace {
+  double client_us = 0;  // a token after the first, as they arrived here
+  double engine_us = 0;  // the same by the engine's clock
+  int tokens = 0;
+};
+
+// The first token is prefill's; the clock starts when it is here and stops when Finished is.
+grpc::Status MeasureStream(const Options& options, v1::Inference::Stub& stub, const v1::GenerateRequest& request, Pace& pace) {
+  using Clock = std::chrono::steady_clock;
+  Call call(options);
+  const std::unique_ptr<grpc::ClientReader<v1::GenerateResponse>> reader = stub.Generate(&call.context(), request);
+  v1::GenerateResponse message;
+  Clock::time_point first;
+  int before = 0;  // tokens that had come when the clock started
+  v1::Finished finished;
+  while (reader->Read(&message)) {
+    if (before == 0 && message.delta().token_ids_size() > 0) {
+      first = Clock::now();
+      before = message.delta().token_ids_size();
+    }
+    if (message.has_finished()) finished = message.finished();
+  }
+  const double us = std::chrono::duration<double, std::micro>(Clock::now() - first).count();
+  pace.tokens = finished.usage().completion_tokens();
+  pace.client_us = us / std::max(1, pace.tokens - before);
+  pace.engine_us = 1e6 * finished.timings().decode_seconds() / std::max(1, pace.tokens - 1);
+  return reader->Finish();
+}
+
+struct Spread {
+  double median, least, most;
+};
+Spread SpreadOf(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return {values[values.size() / 2], values.front(), values.back()};
+}
+nlohmann::ordered_json ToJson(const Spread& spread) {
+  return {{"median", spread.median}, {"min", spread.least}, {"max", spread.most}};
+}
+
+}  // namespace
+
+int Complete(const Options& options) {
+  const std::optional<v1::GenerateRequest> request = ToRequestWithPrompt(options);
+  if (!request) return UsageError(kPromptNeeded);
+  const auto stub = ConnectInference(options);
+  Call call(options);
+  const std::unique_ptr<grpc::ClientReader<v1::GenerateResponse>> reader = stub->Generate(&call.context(), *request);
+  Printer printer(options);
+  v1::GenerateResponse message;
+  v1::Finished finished;
+  while (reader->Read(&message)) {
+    printer.Print(message);
+    if (message.has_finished()) finished = message.finished();
+  }
+  const grpc::Status status = reader->Finish();
+  if (status.ok() && (options.stats || (isatty(STDERR_FILENO) && !options.json))) PrintStats(finished);
+  return ExitStatus(status);
+}
+
+int Repeat(const Options& options) {
+  std::optional<v1::GenerateRequest> request = ToRequestWithPrompt(options);
+  if (!request) return UsageError(kPromptNeeded);
+  if (options.count.value_or(1) < 1) return UsageError("--count must be at least 1");
+  if (!options.max_tokens) request->mutable_stop()->set_max_tokens(64);
+  if (!options.ignore_eos) request->mutable_stop()->set_ignore_eos(true);
+  const auto stub = ConnectInference(options);
+  std::vector<double> client_us, engine_us;
+  Pace pace;
+  for (int i = -1; i < options.count.value_or(10); ++i) {  // the first warms up
+    if (const grpc::Status status = MeasureStream(options, *stub, *request, pace); !status.ok()) return ExitStatus(status);
+    if (i < 0) continue;
+    client_us.push_back(pace.client_us);
+    engine_us.push_back(pace.engine_us);
+  }
+  const Spread client = SpreadOf(client_us), engine = SpreadOf(engine_us);
+  if (options.json) {
+    PrintJson({{"streams", client_us.size()},
+               {"tokens", pace.tokens},
+               {"client_us_per_token", ToJson(client)},
+               {"engine_us_per_token", ToJson(engine)},
+               {"tokens_per_second", 1e6 / client.median}});
+  } else {
+    std::printf("%zu streams one after the other, %d tokens each; microseconds a token after the first:\n", client_us.size(),
+                pace.tokens);
+    std::printf("  at this client  median %8.1f  min %8.1f  max %8.1f  (%.0f tokens/s)\n", client.median, client.least, client.most,
+                1e6 / client.median);
+    std::printf("  in the engine   median %8.1f  min %8.1f  max %8.1f\n", engine.median, engine.least, engine.most);
+  }
+  return kOk;
+}
+
+}  // namespace memserve::clients

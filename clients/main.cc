@@ -1,0 +1,151 @@
+// memserve-client: a terminal client of memserve.v1.
+#include <cstdio>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "clients/commands.h"
+#include "clients/flags.h"
+#include "clients/options.h"
+
+namespace memserve::clients {
+namespace {
+
+constexpr char kHelp[] = R"(memserve-client COMMAND [WORDS] [--FLAG=VALUE ...]
+
+Asks a memserve server over gRPC.
+
+Commands:
+  complete PROMPT                   stream a completion to standard output; - reads the prompt from standard input
+  score CONTEXT CONTINUATION...     log-probability of each continuation after the context, and whether it is the greedy one
+  tokenize TEXT                     token ids of a text (- reads it from standard input)
+  detokenize ID...                  text of token ids
+  model                             what is loaded, and its limits
+  load                              what the server is doing right now
+  tables                            the value tables of the loaded model
+  abort REQUEST_ID...               end running or waiting requests
+  repeat PROMPT                     stream the same completion again and again and print microseconds a token
+
+Flags of all commands:
+  --address=HOST:PORT               default 127.0.0.1:50051
+  --timeout_seconds=S               give up after so long (default: never)
+  --json                            print one JSON object a line per message, with the field names of the proto
+
+Flags of complete, score, tokenize, repeat:
+  --add_bos=on|off                  put the begin-of-sequence token in front of text (default: on where the tokenizer has one;
+                                    of tokenize: off)
+
+Flags of complete, score, repeat:
+  --token_ids                       prompts are token ids such as 1,2,3, and complete prints ids instead of text
+  --memory=on|off                   whether the memory layers take part (default on)
+  --model=NAME                      refuse to be answered by another model
+  --request_id=ID                   a name for abort and the server's logs (default: the server draws one)
+
+Flags of complete, repeat:
+  --max_tokens=N                    default: the checkpoint's, else what fits (of repeat: 64)
+  --temperature=X                   0 to 100, 0 is greedy (default: the checkpoint's, else 0)
+  --top_k=N                         the N most likely tokens only, 0: all (default: the checkpoint's, else 0)
+  --top_p=X                         more than 0 and at most 1 (default: the checkpoint's, else 1)
+  --seed=N                          default: the server draws one, and --stats shows it
+  --stop=TEXT                       end before this text; may be repeated
+  --ignore_eos=on|off               go on after an end-of-sequence token (default off, of repeat: on)
+
+Flags of complete:
+  --logprobs                        print a line per token: log-probability, id, text (JSON string)
+  --stats                           print counts and times to standard error (default: if that is a terminal)
+
+Flags of repeat:
+  --count=N                         measured streams, after one that warms up (default 10)
+
+After -- all words are taken as they are. Ctrl-C cancels the call.
+Exit status: 0 success, 1 usage, 2 the call failed (CODE: message on standard error), 130 cancelled by Ctrl-C.
+
+Examples:
+  memserve-client complete "The capital of Iceland is"
+  memserve-client complete --temperature=0.8 --top_p=0.9 --seed=7 --max_tokens=40 "Once upon a time"
+  memserve-client complete --memory=off --stats $'Q: What is the capital of Peru?\nA:' --stop=$'\n'
+  echo "The chemical symbol of gold is" | memserve-client complete --json -
+  memserve-client score "The capital of France is" " Paris" " London"
+  memserve-client --address=127.0.0.1:50052 model
+)";
+
+struct Command {
+  int (*run)(const Options&);
+  std::vector<std::string> groups;  // of flags that it takes
+};
+
+const std::map<std::string, Command>& Commands() {
+  static const auto* const commands = new std::map<std::string, Command>{
+      {"complete", {Complete, {"all", "bos", "prompt", "generate", "complete"}}},
+      {"score", {Score, {"all", "bos", "prompt"}}},
+      {"tokenize", {Tokenize, {"all", "bos"}}},
+      {"detokenize", {Detokenize, {"all"}}},
+      {"model", {Model, {"all"}}},
+      {"load", {Load, {"all"}}},
+      {"tables", {Tables, {"all"}}},
+      {"abort", {Abort, {"all"}}},
+      {"repeat", {Repeat, {"all", "bos", "prompt", "generate", "repeat"}}},
+  };
+  return *commands;
+}
+
+std::vector<std::string> GroupsOf(const std::string& command) {
+  const auto found = Commands().find(command);
+  return found == Commands().end() ? std::vector<std::string>() : found->second.groups;
+}
+
+std::optional<std::string> ReadCommandLine(int argc, char** argv, Options& options, bool& help) {
+  Flags flags;
+  flags.AddSwitch("help", "all", help);
+  flags.Add("address", "all", "HOST:PORT", Into(options.address));
+  flags.Add("timeout_seconds", "all", "a number", Into(options.timeout_seconds));
+  flags.AddSwitch("json", "all", options.json);
+  flags.Add("add_bos", "bos", "on or off", Into(options.add_bos));
+  flags.AddSwitch("token_ids", "prompt", options.token_ids);
+  flags.Add("memory", "prompt", "on or off", Into(options.memory));
+  flags.Add("model", "prompt", "a name", Into(options.model));
+  flags.Add("request_id", "prompt", "a name", Into(options.request_id));
+  flags.Add("max_tokens", "generate", "a whole number", Into(options.max_tokens));
+  flags.Add("temperature", "generate", "a number", Into(options.temperature));
+  flags.Add("top_k", "generate", "a whole number", Into(options.top_k));
+  flags.Add("top_p", "generate", "a number", Into(options.top_p));
+  flags.Add("seed", "generate", "a whole number from 0 to 2^64-1", Into(options.seed));
+  flags.Add("stop", "generate", "a text", Into(options.stop));
+  flags.Add("ignore_eos", "generate", "on or off", Into(options.ignore_eos));
+  flags.AddSwitch("logprobs", "complete", options.logprobs);
+  flags.AddSwitch("stats", "complete", options.stats);
+  flags.Add("count", "repeat", "a whole number", Into(options.count));
+  std::optional<std::string> wrong = flags.Read(argc, argv, GroupsOf, options.words);
+  if (options.words.empty()) return wrong;
+  options.command = options.words.front();
+  options.words.erase(options.words.begin());
+  return wrong;
+}
+
+int Main(int argc, char** argv) {
+  Options options;
+  bool help = false;
+  const std::optional<std::string> wrong = ReadCommandLine(argc, argv, options, help);
+  if (help || options.command == "help") {
+    std::fputs(kHelp, stdout);
+    return kOk;
+  }
+  if (wrong) return UsageError(wrong->c_str());
+  if (options.command.empty()) return UsageError("give a COMMAND");
+  const auto command = Commands().find(options.command);
+  if (command == Commands().end()) return UsageError(("there is no command " + options.command).c_str());
+  CatchInterrupts();
+  return command->second.run(options);
+}
+
+}  // namespace
+
+int UsageError(const char* what) {
+  std::fprintf(stderr, "memserve-client: %s; see memserve-client --help\n", what);
+  return kUsage;
+}
+
+}  // namespace memserve::clients
+
+int main(int argc, char** argv) { return memserve::clients::Main(argc, argv); }

@@ -1,0 +1,40 @@
+// What the command line asks for. Unset parameters are left to the server.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace memserve::clients {
+
+struct Options {
+  std::string command;
+  std::vector<std::string> words;  // after the command
+
+  std::string address = "127.0.0.1:50051";
+  std::optional<double> timeout_seconds;
+  bool json = false;
+
+  std::optional<bool> add_bos;
+  bool token_ids = false;  // prompts are ids, and ids are printed
+
+  std::string model;
+  std::string request_id;
+  std::optional<bool> memory;
+
+  std::optional<int32_t> max_tokens;
+  std::optional<float> temperature;
+  std::optional<int32_t> top_k;
+  std::optional<float> top_p;
+  std::optional<uint64_t> seed;
+  std::vector<std::string> stop;
+  std::optional<bool> ignore_eos;
+
+  bool logprobs = false;
+  bool stats = false;
+
+  std::optional<int32_t> count;  // of repeat
+};
+
+}  // namespace memserve::clients

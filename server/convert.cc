@@ -1,0 +1,228 @@
+#include "server/convert.h"
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "absl/random/random.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/string_view.h"
+#include "google/rpc/error_details.pb.h"
+#include "google/rpc/status.pb.h"
+#include "grpcpp/support/error_details.h"
+
+#define RETURN_IF_ERROR(expression) \
+  if (absl::Status status_ = (expression); !status_.ok()) return status_
+
+namespace memserve::server {
+namespace {
+
+// The queue turns over in about so long; a finer guess needs the queue's own measurements.
+constexpr int kRetrySeconds = 1;
+
+absl::Status Missing(absl::string_view field, absl::string_view limit) {
+  return absl::InvalidArgumentError(absl::StrCat(field, " is not set; it must be ", limit));
+}
+
+absl::Status CheckModelName(const auto& request, const engine::ModelInfo& model) {
+  if (!request.has_model() || request.model() == model.name) return absl::OkStatus();
+  return absl::NotFoundError(absl::StrCat("model is \"", request.model(), "\"; this server has \"", model.name, "\""));
+}
+
+std::string DrawRequestId() {
+  thread_local absl::BitGen random;
+  return absl::StrFormat("%016x%016x", absl::Uniform<uint64_t>(random), absl::Uniform<uint64_t>(random));
+}
+
+std::string RequestId(const auto& request) { return request.request_id().empty() ? DrawRequestId() : request.request_id(); }
+
+// `message` has a oneof of text and tokens, which is set.
+engine::Prompt ToPrompt(const auto& message) {
+  if (message.has_text()) return message.text();
+  return std::vector<int32_t>(message.tokens().ids().begin(), message.tokens().ids().end());
+}
+
+engine::SamplingParams ToSampling(const v1::SamplingParams& params) {
+  engine::SamplingParams sampling;
+  if (params.has_temperature()) sampling.temperature = params.temperature();
+  if (params.has_top_k()) sampling.top_k = params.top_k();
+  if (params.has_top_p()) sampling.top_p = params.top_p();
+  if (params.has_seed()) sampling.seed = params.seed();
+  return sampling;
+}
+
+engine::StopParams ToStop(const v1::StopParams& params) {
+  engine::StopParams stop;
+  if (params.has_max_tokens()) stop.max_tokens = params.max_tokens();
+  stop.strings.assign(params.strings().begin(), params.strings().end());
+  stop.token_ids.assign(params.token_ids().begin(), params.token_ids().end());
+  stop.ignore_eos = params.ignore_eos();
+  return stop;
+}
+
+engine::MemoryMode ToMemoryMode(const v1::MemoryParams& params) { return {.enabled = !params.has_enabled() || params.enabled()}; }
+
+v1::Usage ToProto(const engine::Usage& usage) {
+  v1::Usage result;
+  result.set_prompt_tokens(usage.prompt_tokens);
+  result.set_cached_tokens(usage.cached_tokens);
+  result.set_completion_tokens(usage.completion_tokens);
+  return result;
+}
+
+v1::Timings ToProto(const engine::Timings& timings) {
+  v1::Timings result;
+  result.set_queue_seconds(absl::ToDoubleSeconds(timings.queue));
+  result.set_prefill_seconds(absl::ToDoubleSeconds(timings.prefill));
+  result.set_decode_seconds(absl::ToDoubleSeconds(timings.decode));
+  return result;
+}
+
+v1::ValueTableInfo ToProto(const engine::ValueTableInfo& table) {
+  v1::ValueTableInfo result;
+  result.set_name(table.name);
+  result.mutable_layers()->Assign(table.layers.begin(), table.layers.end());
+  result.set_rows(table.rows);
+  result.set_dim(table.dim);
+  result.set_format(table.format);
+  result.set_placement(table.placement);
+  result.set_bytes(table.bytes);
+  return result;
+}
+
+}  // namespace
+
+absl::StatusOr<engine::GenerateRequest> ToEngine(const v1::GenerateRequest& request, const engine::ModelInfo& model,
+                                                 absl::Time deadline) {
+  RETURN_IF_ERROR(CheckModelName(request, model));
+  if (request.prompt_case() == v1::GenerateRequest::PROMPT_NOT_SET) return Missing("prompt", "text or tokens");
+  engine::GenerateRequest result;
+  result.id = RequestId(request);
+  result.prompt = ToPrompt(request);
+  if (request.has_add_bos()) result.add_bos = request.add_bos();
+  result.sampling = ToSampling(request.sampling());
+  result.stop = ToStop(request.stop());
+  result.memory = ToMemoryMode(request.memory());
+  result.logprobs = request.output().logprobs();
+  result.token_bytes = request.output().token_bytes();
+  result.deadline = deadline;
+  return result;
+}
+
+absl::StatusOr<engine::ScoreRequest> ToEngine(const v1::ScoreRequest& request, const engine::ModelInfo& model,
+                                              absl::Time deadline) {
+  RETURN_IF_ERROR(CheckModelName(request, model));
+  if (request.context_case() == v1::ScoreRequest::CONTEXT_NOT_SET) return Missing("context", "text or tokens");
+  engine::ScoreRequest result;
+  result.id = RequestId(request);
+  result.context = ToPrompt(request);
+  if (request.has_add_bos()) result.add_bos = request.add_bos();
+  for (const v1::Continuation& continuation : request.continuations()) {
+    if (continuation.continuation_case() == v1::Continuation::CONTINUATION_NOT_SET) {
+      return Missing(absl::StrFormat("continuations[%d]", result.continuations.size()), "text or tokens");
+    }
+    result.continuations.push_back(ToPrompt(continuation));
+  }
+  result.memory = ToMemoryMode(request.memory());
+  result.deadline = deadline;
+  return result;
+}
+
+void Join(engine::Delta delta, v1::Delta& waiting) {
+  waiting.mutable_text()->append(delta.text);
+  waiting.mutable_token_ids()->Add(delta.token_ids.begin(), delta.token_ids.end());
+  waiting.mutable_logprobs()->Add(delta.logprobs.begin(), delta.logprobs.end());
+  for (std::string& bytes : delta.token_bytes) waiting.add_token_bytes(std::move(bytes));
+}
+
+v1::Finished ToProto(engine::Finished finished, const std::string& request_id) {
+  v1::Finished result;
+  result.set_reason(finished.reason == engine::FinishReason::kStop ? v1::FINISH_REASON_STOP : v1::FINISH_REASON_LENGTH);
+  if (finished.stop_string.has_value()) result.set_stop_string(*std::move(finished.stop_string));
+  if (finished.stop_token_id.has_value()) result.set_stop_token_id(*finished.stop_token_id);
+  *result.mutable_usage() = ToProto(finished.usage);
+  *result.mutable_timings() = ToProto(finished.timings);
+  result.set_seed(finished.seed);
+  result.set_request_id(request_id);
+  result.set_text(std::move(finished.text));
+  return result;
+}
+
+v1::ScoreResponse ToProto(const engine::ScoreResult& result, const std::string& request_id) {
+  v1::ScoreResponse response;
+  for (const engine::ContinuationScore& score : result.scores) {
+    v1::ContinuationScore& to = *response.add_scores();
+    to.set_logprob(score.logprob);
+    to.set_is_greedy(score.is_greedy);
+    to.mutable_token_ids()->Assign(score.token_ids.begin(), score.token_ids.end());
+    to.mutable_token_logprobs()->Assign(score.token_logprobs.begin(), score.token_logprobs.end());
+  }
+  *response.mutable_usage() = ToProto(result.usage);
+  response.set_request_id(request_id);
+  return response;
+}
+
+v1::GetModelResponse ToProto(const engine::ModelInfo& model) {
+  v1::GetModelResponse response;
+  response.set_model(model.name);
+  response.set_architecture(model.architecture);
+  response.set_vocab_size(model.vocab_size);
+  response.set_max_context_tokens(model.max_context_tokens);
+  response.set_dim(model.dim);
+  response.set_n_layers(model.n_layers);
+  response.set_n_heads(model.n_heads);
+  response.set_n_kv_heads(model.n_kv_heads);
+  response.set_trunk_parameters(model.trunk_parameters);
+  for (const engine::ValueTableInfo& table : model.value_tables) *response.add_value_tables() = ToProto(table);
+  response.mutable_eos_token_ids()->Assign(model.eos_token_ids.begin(), model.eos_token_ids.end());
+  if (model.bos_token_id.has_value()) response.set_bos_token_id(*model.bos_token_id);
+  response.set_tokenizer(model.tokenizer);
+  response.set_backend(model.backend);
+  response.set_isa(model.isa);
+  response.set_weight_dtype(model.weight_dtype);
+  response.set_activation_dtype(model.activation_dtype);
+  response.set_kv_dtype(model.kv_dtype);
+  response.set_devices(model.devices);
+  response.set_server_version(MEMSERVE_VERSION);
+  return response;
+}
+
+v1::GetLoadResponse ToProto(const engine::Load& load) {
+  v1::GetLoadResponse response;
+  response.set_running(load.running);
+  response.set_waiting(load.waiting);
+  response.set_waiting_tokens(load.waiting_tokens);
+  response.set_kv_pages_total(load.kv_pages_total);
+  response.set_kv_pages_used(load.kv_pages_used);
+  response.set_kv_page_size(load.kv_page_size);
+  response.set_steps(load.steps);
+  response.set_prompt_tokens(load.prompt_tokens);
+  response.set_completion_tokens(load.completion_tokens);
+  response.set_last_step_seconds(absl::ToDoubleSeconds(load.last_step));
+  response.set_draining(load.draining);
+  return response;
+}
+
+v1::ListTablesResponse TablesToProto(const engine::ModelInfo& model) {
+  v1::ListTablesResponse response;
+  for (const engine::ValueTableInfo& table : model.value_tables) *response.add_tables() = ToProto(table);
+  return response;
+}
+
+grpc::Status ToGrpc(const absl::Status& status) {
+  if (status.ok()) return grpc::Status::OK;
+  const std::string message(status.message());
+  if (!absl::IsResourceExhausted(status)) return {static_cast<grpc::StatusCode>(status.raw_code()), message};
+  google::rpc::RetryInfo retry;
+  retry.mutable_retry_delay()->set_seconds(kRetrySeconds);
+  google::rpc::Status detailed;
+  detailed.set_code(grpc::StatusCode::RESOURCE_EXHAUSTED);
+  detailed.set_message(message);
+  detailed.add_details()->PackFrom(retry);
+  grpc::Status result;
+  grpc::SetErrorDetails(detailed, &result);
+  return result;
+}
+
+}  // namespace memserve::server

@@ -1,0 +1,34 @@
+// proto ↔ engine, absl::Status → grpc::Status: the only place that translates. Values are checked by the engine
+// (engine/validate.h); here only what it cannot see: a oneof that is not set, and the model's name.
+#pragma once
+
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "engine/engine.h"
+#include "engine/request.h"
+#include "grpcpp/support/status.h"
+#include "memserve/v1/inference.pb.h"
+#include "memserve/v1/memory.pb.h"
+
+namespace memserve::server {
+
+// INVALID_ARGUMENT, or NOT_FOUND for a model of another name. The id is drawn if the client gave none.
+absl::StatusOr<engine::GenerateRequest> ToEngine(const v1::GenerateRequest& request, const engine::ModelInfo& model,
+                                                 absl::Time deadline);
+absl::StatusOr<engine::ScoreRequest> ToEngine(const v1::ScoreRequest& request, const engine::ModelInfo& model, absl::Time deadline);
+
+// Appends a delta to one that waits.
+void Join(engine::Delta delta, v1::Delta& waiting);
+v1::Finished ToProto(engine::Finished finished, const std::string& request_id);
+v1::ScoreResponse ToProto(const engine::ScoreResult& result, const std::string& request_id);
+v1::GetModelResponse ToProto(const engine::ModelInfo& model);
+v1::GetLoadResponse ToProto(const engine::Load& load);
+v1::ListTablesResponse TablesToProto(const engine::ModelInfo& model);
+
+// RESOURCE_EXHAUSTED carries google.rpc.RetryInfo.
+grpc::Status ToGrpc(const absl::Status& status);
+
+}  // namespace memserve::server

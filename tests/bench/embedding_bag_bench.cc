@@ -1,0 +1,27 @@
+#include "kernels/embedding_bag.h"
+
+#include "tests/bench/bench.h"
+#include "tests/bench/operations.h"
+
+namespace memserve::bench {
+
+// Fresh random rows each time: the table is far larger than the caches, so they are cold.
+void BenchGather() {
+  Bench bench("gather");
+  const int64_t num_rows = ShapeOf(FLAGS_rows, int64_t{1} << 20), dim = ShapeOf(FLAGS_dim, 1024), bag = ShapeOf(FLAGS_bag, 128);
+  const DType format = Format();
+  const auto table = bench.NewTable({.rows = num_rows, .dim = dim, .end_column = dim, .format = format});
+  for (int64_t batch : bench.batches()) {
+    auto rows = bench.New<int32_t, 2>({batch, bag});
+    const auto weights = bench.New<float, 2>({batch, bag}, bench.Reals(batch * bag, 0, 1)), out = bench.New<float, 2>({batch, dim});
+    bench.Report(
+        absl::StrFormat("%d × %d %s, bag %d", num_rows, dim, NameOf(format), bag), batch,
+        1.0 * batch * bag * dim * SizeOf(format) + 1.0 * batch * dim * sizeof(float), 2.0 * batch * bag * dim,
+        [&](int64_t) { bench.Copy(rows, bench.Indices(batch * bag, num_rows)); },
+        [&](int64_t) {
+          bench.backend().EmbeddingBag({.table = table.get(), .rows = rows.view, .weights = weights.view, .out = out.view});
+        });
+  }
+}
+
+}  // namespace memserve::bench

@@ -1,0 +1,117 @@
+// A whole checkpoint through the engine: tokens per second of --batch streams at once, and what a step takes.
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <future>
+
+#include "engine/engine.h"
+#include "spdlog/spdlog.h"
+#include "tests/bench/bench.h"
+#include "tests/bench/operations.h"
+
+ABSL_FLAG(std::string, checkpoint, "", "model: the checkpoint's folder");
+ABSL_FLAG(int64_t, prompt, 16, "model: tokens of each prompt");
+ABSL_FLAG(int64_t, decode, 128, "model: tokens drawn for each");
+ABSL_FLAG(std::string, weight_dtype, "auto", "model: f32, bf16, auto");
+ABSL_FLAG(int64_t, max_batch_tokens, 512, "model: tokens in one step");
+
+ABSL_DECLARE_FLAG(int, threads);
+ABSL_DECLARE_FLAG(std::string, isa);
+ABSL_DECLARE_FLAG(bool, json);
+ABSL_DECLARE_FLAG(int64_t, repeat);
+ABSL_DECLARE_FLAG(std::vector<std::string>, batch);
+
+namespace memserve::bench {
+namespace {
+
+class Counter final : public engine::GenerateListener {
+ public:
+  void OnDelta(engine::Delta delta) override {}
+  void OnFinished(absl::StatusOr<engine::Finished> finished) override { promise_.set_value(std::move(finished)); }
+  engine::Finished Wait() {
+    absl::StatusOr<engine::Finished> finished = promise_.get_future().get();
+    if (finished.ok()) return *std::move(finished);
+    std::fprintf(stderr, "memserve-bench: %s\n", std::string(finished.status().message()).c_str());
+    std::exit(1);
+  }
+
+ private:
+  std::promise<absl::StatusOr<engine::Finished>> promise_;
+};
+
+struct Sample {
+  double wall_seconds;    // of all streams
+  double decode_seconds;  // of one stream, after its first token
+};
+
+Sample RunOnce(engine::Engine& engine, int64_t streams, int64_t prompt, int64_t decode) {
+  std::vector<std::shared_ptr<Counter>> counters;
+  const auto start = std::chrono::steady_clock::now();
+  for (int64_t s = 0; s < streams; ++s) {
+    engine::GenerateRequest request;
+    std::vector<int32_t> tokens;
+    for (int64_t t = 0; t < prompt; ++t) tokens.push_back(static_cast<int32_t>((s * 31 + t * 7 + 3) % engine.model().vocab_size));
+    request.prompt = tokens;
+    request.stop = {.max_tokens = static_cast<int32_t>(decode), .ignore_eos = true};
+    counters.push_back(std::make_shared<Counter>());
+    engine.Generate(std::move(request), counters.back());
+  }
+  double decode_seconds = 0;
+  for (const auto& counter : counters) decode_seconds += absl::ToDoubleSeconds(counter->Wait().timings.decode);
+  const std::chrono::duration<double> wall = std::chrono::steady_clock::now() - start;
+  return {wall.count(), decode_seconds / static_cast<double>(streams)};
+}
+
+double Median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+}  // namespace
+
+void BenchModel() {
+  spdlog::set_level(spdlog::level::warn);
+  engine::EngineOptions options;
+  options.checkpoint = absl::GetFlag(FLAGS_checkpoint);
+  options.weight_dtype = absl::GetFlag(FLAGS_weight_dtype);
+  options.threads = absl::GetFlag(FLAGS_threads);
+  options.isa = absl::GetFlag(FLAGS_isa);
+  options.max_batch_tokens = static_cast<int>(absl::GetFlag(FLAGS_max_batch_tokens));
+  absl::StatusOr<std::unique_ptr<engine::Engine>> engine = engine::Engine::Create(options);
+  if (!engine.ok()) {
+    std::fprintf(stderr, "memserve-bench: %s\n", std::string(engine.status().message()).c_str());
+    std::exit(1);
+  }
+  const int64_t prompt = absl::GetFlag(FLAGS_prompt);
+  const int64_t decode = absl::GetFlag(FLAGS_decode);
+  for (const std::string& text : absl::GetFlag(FLAGS_batch)) {
+    const int64_t streams = std::atoll(text.c_str());
+    std::vector<double> wall;
+    std::vector<double> decoding;
+    RunOnce(**engine, streams, prompt, decode);  // warm-up
+    for (int64_t i = 0; i < absl::GetFlag(FLAGS_repeat); ++i) {
+      const Sample sample = RunOnce(**engine, streams, prompt, decode);
+      wall.push_back(sample.wall_seconds);
+      decoding.push_back(sample.decode_seconds / static_cast<double>(std::max<int64_t>(1, decode - 1)));
+    }
+    const double tokens_per_second = static_cast<double>(streams * decode) / Median(wall);
+    if (absl::GetFlag(FLAGS_json)) {
+      std::printf("%s\n", absl::StrFormat(R"({"name": "model", "batch": %d, "prompt": %d, "decode": %d, "median_seconds": %.9g, )"
+                                          R"("min_seconds": %.9g, "max_seconds": %.9g, "tokens_per_second": %.6g, "token_seconds": %.9g})",
+                                          streams, prompt, decode, Median(wall), *std::min_element(wall.begin(), wall.end()),
+                                          *std::max_element(wall.begin(), wall.end()), tokens_per_second, Median(decoding))
+                              .c_str());
+    } else {
+      std::printf("%s\n", absl::StrFormat("model %s, %d streams, prompt %d, decode %d: %.0f tokens/s, %.1f µs a token of one stream "
+                                          "(%.1f … %.1f)",
+                                          (*engine)->model().name, streams, prompt, decode, tokens_per_second, Median(decoding) * 1e6,
+                                          *std::min_element(decoding.begin(), decoding.end()) * 1e6,
+                                          *std::max_element(decoding.begin(), decoding.end()) * 1e6)
+                              .c_str());
+    }
+    std::fflush(stdout);
+  }
+}
+
+}  // namespace memserve::bench

@@ -1,0 +1,19 @@
+// One function for each operation that memserve-bench times; shapes come from flags.
+#pragma once
+
+namespace memserve::bench {
+
+void BenchEmbedding();
+void BenchRmsNorm();
+void BenchRope();
+void BenchMatMul();
+void BenchAttention();
+void BenchSilu();
+void BenchSearch();
+void BenchGather();
+void BenchRowDot();
+void BenchSample();
+void BenchLogits();
+void BenchModel();
+
+}  // namespace memserve::bench

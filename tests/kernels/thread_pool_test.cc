@@ -1,0 +1,91 @@
+#include "kernels/cpu/thread_pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <set>
+#include <thread>
+#include <vector>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "kernels/sync.h"
+
+namespace memserve::kernels::cpu {
+namespace {
+
+constexpr double kMuch = 1e9;    // ns of work: worth sharing
+constexpr double kLittle = 100;  // not
+
+TEST(ThreadPoolTest, RunsEveryTaskOnceAndSeesAllOfItsWritesWhenItReturns) {
+  ThreadPool pool(4);
+  for (int64_t tasks : {0, 1, 2, 3, 7, 1000}) {
+    std::vector<int> runs(tasks, 0);
+    pool.ParallelFor(tasks, kMuch, [&](int64_t task, int) { ++runs[task]; });
+    EXPECT_THAT(runs, testing::Each(1)) << tasks << " tasks";
+  }
+}
+
+TEST(ThreadPoolTest, GivesEachThreadItsOwnNumber) {
+  ThreadPool pool(3);
+  std::vector<std::atomic<int>> inside(pool.size());
+  std::atomic<bool> shared{false};
+  pool.ParallelFor(5000, kMuch, [&](int64_t, int thread) {
+    ASSERT_GE(thread, 0);
+    ASSERT_LT(thread, 3);
+    if (++inside[thread] != 1) shared = true;
+    --inside[thread];
+  });
+  EXPECT_FALSE(shared);
+}
+
+TEST(ThreadPoolTest, KeepsSmallWorkOnTheCallingThread) {
+  ThreadPool pool(4);
+  std::set<std::thread::id> threads;
+  std::vector<int64_t> order;
+  pool.ParallelFor(100, kLittle, [&](int64_t task, int thread) {
+    EXPECT_EQ(thread, 0);
+    threads.insert(std::this_thread::get_id());
+    order.push_back(task);
+  });
+  EXPECT_THAT(threads, testing::ElementsAre(std::this_thread::get_id()));
+  EXPECT_TRUE(std::is_sorted(order.begin(), order.end()));
+}
+
+TEST(ThreadPoolTest, SharesLargeWork) {
+  ThreadPool pool(2);
+  // Each task waits for the other: one thread alone would never come to an end.
+  Mutex mutex;
+  CondVar arrived;
+  int inside = 0;
+  pool.ParallelFor(2, kMuch, [&](int64_t, int) {
+    MutexLock lock(mutex);
+    ++inside;
+    arrived.NotifyAll();
+    while (inside < 2) arrived.Wait(mutex);
+  });
+  EXPECT_EQ(inside, 2);
+}
+
+// Jobs follow each other faster than workers come back from the last one, and with pauses after which they have parked.
+TEST(ThreadPoolTest, NeverMixesTheTasksOfTwoJobs) {
+  ThreadPool pool(4);
+  for (int64_t job = 0; job < 3000; ++job) {
+    std::vector<int64_t> written(job % 5 + 2, -1);
+    pool.ParallelFor(static_cast<int64_t>(written.size()), kMuch, [&, job](int64_t task, int) { written[task] = job; });
+    ASSERT_THAT(written, testing::Each(job));
+    if (job % 500 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  }
+}
+
+TEST(ThreadPoolTest, OneThreadHasNoWorkers) {
+  ThreadPool pool(1);
+  EXPECT_EQ(pool.size(), 1);
+  int64_t sum = 0;
+  pool.ParallelFor(10, kMuch, [&](int64_t task, int) { sum += task; });
+  EXPECT_EQ(sum, 45);
+}
+
+}  // namespace
+}  // namespace memserve::kernels::cpu

@@ -1,0 +1,250 @@
+// The real memserve-client against a server in this process.
+#include <csignal>
+#include <memory>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
+#include "tests/server/fake_engine.h"
+#include "tests/server/harness.h"
+#include "tests/server/program.h"
+
+namespace memserve::server {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::StartsWith;
+
+class ClientTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    auto engine = std::make_unique<FakeEngine>();
+    engine_ = engine.get();
+    auto server = Server::Listen(OnAnyPort());
+    ASSERT_TRUE(server.ok()) << server.status();
+    server_ = *std::move(server);
+    ASSERT_TRUE(server_->Serve(std::move(engine)).ok());
+  }
+
+  std::unique_ptr<Program> Start(std::vector<std::string> words) {
+    words.insert(words.begin(), {MEMSERVE_CLIENT, absl::StrCat("--address=127.0.0.1:", server_->port())});
+    return std::make_unique<Program>(std::move(words));
+  }
+  std::unique_ptr<Program> Run(std::vector<std::string> words) {
+    auto program = Start(std::move(words));
+    program->CloseInput();
+    status_ = program->ExitStatus();
+    return program;
+  }
+
+  void AnswerWith(std::vector<engine::Delta> deltas, engine::Finished finished) {
+    engine_->on_generate = [this, deltas, finished](const FakeEngine::Generation& generation) {
+      for (const engine::Delta& delta : deltas) generation.listener->OnDelta(delta);
+      engine_->End(generation, finished);
+    };
+  }
+
+  FakeEngine* engine_ = nullptr;
+  std::unique_ptr<Server> server_;
+  int status_ = -1;
+};
+
+TEST_F(ClientTest, CompleteStreamsTextAsItComes) {
+  auto program = Start({"complete", "The capital of Peru is", "--stats"});
+  const FakeEngine::Generation generation = engine_->NextGeneration();
+  EXPECT_EQ(std::get<std::string>(generation.request.prompt), "The capital of Peru is");
+  generation.listener->OnDelta({.text = " Li"});
+  ASSERT_TRUE(program->ReadUntil(" Li"));
+  generation.listener->OnDelta({.text = "ma"});
+  ASSERT_TRUE(program->ReadUntil(" Lima"));
+  engine_->End(generation, engine::Finished{.text = ".", .stop_token_id = 257, .usage = {.prompt_tokens = 23}, .seed = 77});
+  EXPECT_EQ(program->ExitStatus(), 0);
+  EXPECT_EQ(program->out(), " Lima.\n");
+  EXPECT_THAT(program->error(), HasSubstr("23 prompt tokens"));
+  EXPECT_THAT(program->error(), HasSubstr("stop token 257"));
+  EXPECT_THAT(program->error(), HasSubstr("seed 77"));
+}
+
+TEST_F(ClientTest, FlagsReachTheEngine) {
+  auto program = Start({"complete", "--max_tokens=5", "--temperature", "0.5", "--top_k=7", "--top_p=0.25",
+                        "--seed=18446744073709551615", "--stop=A", "--stop", "B", "--memory=off", "--add_bos=off",
+                        "--ignore_eos=on", "--model=fake", "--request_id=r", "--", "--x"});
+  const FakeEngine::Generation generation = engine_->NextGeneration();
+  const engine::GenerateRequest& request = generation.request;
+  EXPECT_EQ(std::get<std::string>(request.prompt), "--x");
+  EXPECT_EQ(request.stop.max_tokens, 5);
+  EXPECT_EQ(request.sampling.temperature, 0.5f);
+  EXPECT_EQ(request.sampling.top_k, 7);
+  EXPECT_EQ(request.sampling.top_p, 0.25f);
+  EXPECT_EQ(request.sampling.seed, ~uint64_t{0});
+  EXPECT_THAT(request.stop.strings, ::testing::ElementsAre("A", "B"));
+  EXPECT_FALSE(request.memory.enabled);
+  EXPECT_EQ(request.add_bos, false);
+  EXPECT_TRUE(request.stop.ignore_eos);
+  EXPECT_EQ(request.id, "r");
+  engine_->End(generation, engine::Finished{});
+  EXPECT_EQ(program->ExitStatus(), 0);
+  EXPECT_EQ(program->error(), "");
+}
+
+TEST_F(ClientTest, ADashReadsThePromptFromStandardInput) {
+  auto program = Start({"complete", "-"});
+  program->Write("two\nlines\n");
+  program->CloseInput();
+  const FakeEngine::Generation generation = engine_->NextGeneration();
+  EXPECT_EQ(std::get<std::string>(generation.request.prompt), "two\nlines\n");
+  engine_->End(generation, engine::Finished{});
+  EXPECT_EQ(program->ExitStatus(), 0);
+}
+
+TEST_F(ClientTest, TokenIdsGoInAndComeOut) {
+  AnswerWith({{.token_ids = {5, 6}}, {.token_ids = {7}}}, {});
+  const auto program = Run({"complete", "--token_ids", "1, 2 3"});
+  EXPECT_EQ(status_, 0);
+  EXPECT_EQ(program->out(), "5\n6\n7\n");
+}
+
+TEST_F(ClientTest, LogprobsAreALinePerToken) {
+  AnswerWith({{.text = "a\n", .token_ids = {5, 6}, .logprobs = {-0.5, -1.25}, .token_bytes = {"a", "\n"}}}, {});
+  const auto program = Run({"complete", "--logprobs", "x"});
+  EXPECT_EQ(program->out(), "-0.5000\t5\t\"a\"\n-1.2500\t6\t\"\\n\"\n");
+}
+
+TEST_F(ClientTest, JsonIsOneObjectALine) {
+  AnswerWith({{.text = "é", .token_ids = {5}, .logprobs = {-0.1f}, .token_bytes = {"\xff\x01"}}},
+             {.reason = engine::FinishReason::kLength, .seed = ~uint64_t{0}});
+  const auto program = Run({"complete", "--json", "--request_id=r", "x"});
+  EXPECT_EQ(status_, 0);
+  const std::string& out = program->out();
+  const size_t end = out.find('\n');
+  EXPECT_EQ(out.substr(0, end), R"({"delta":{"text":"é","token_ids":[5],"logprobs":[-0.1],"token_bytes":["/wE="]}})");
+  const nlohmann::json finished = nlohmann::json::parse(out.substr(end)).at("finished");
+  EXPECT_EQ(finished.at("reason"), "FINISH_REASON_LENGTH");
+  EXPECT_EQ(finished.at("seed").get<uint64_t>(), ~uint64_t{0});
+  EXPECT_FALSE(finished.contains("stop_string"));
+}
+
+TEST_F(ClientTest, ScorePrintsALinePerContinuation) {
+  std::thread engine([this] {
+    const FakeEngine::Scoring scoring = engine_->NextScoring();
+    EXPECT_EQ(std::get<std::string>(scoring.request.context), "ctx");
+    scoring.callback(engine::ScoreResult{.scores = {{.logprob = -1.5, .is_greedy = true}, {.logprob = -20, .is_greedy = false}}});
+  });
+  const auto program = Run({"score", "ctx", " yes", " no"});
+  engine.join();
+  EXPECT_EQ(status_, 0);
+  EXPECT_EQ(program->out(), "-1.5000\tgreedy\t yes\n-20.0000\t-\t no\n");
+}
+
+TEST_F(ClientTest, TheQueriesPrintWhatTheServerSays) {
+  EXPECT_EQ(Run({"tokenize", "Hi", "--add_bos=on"})->out(), "256 72 105\n");
+  EXPECT_EQ(Run({"detokenize", "72", "105"})->out(), "Hi\n");
+  EXPECT_THAT(Run({"model"})->out(), StartsWith("model: fake\narchitecture: memory_llama\nvocab_size: 300\n"));
+  engine_->load_now.waiting = 9;
+  EXPECT_THAT(Run({"load"})->out(), HasSubstr("waiting: 9\n"));
+  EXPECT_EQ(nlohmann::json::parse(Run({"load", "--json"})->out()).at("waiting"), 9);
+  EXPECT_THAT(Run({"tables"})->out(), HasSubstr("layers.1.feed_forward.values.weight  layers [1,4]  rows 1048576"));
+  EXPECT_EQ(Run({"abort", "nobody"})->out(), "aborted: 0\n");
+  EXPECT_EQ(status_, 0);
+}
+
+TEST_F(ClientTest, RepeatPrintsMicrosecondsAToken) {
+  std::vector<engine::Delta> deltas(10, {.text = "x", .token_ids = {1}});
+  AnswerWith(deltas, {.usage = {.completion_tokens = 10}, .timings = {.decode = absl::Microseconds(900)}});
+  const auto program = Run({"repeat", "--count=3", "x", "--json"});
+  EXPECT_EQ(status_, 0);
+  const nlohmann::json json = nlohmann::json::parse(program->out());
+  EXPECT_EQ(json.at("streams"), 3);
+  EXPECT_EQ(json.at("tokens"), 10);
+  EXPECT_NEAR(json.at("engine_us_per_token").at("median").get<double>(), 100, 1e-6);
+  EXPECT_GT(json.at("client_us_per_token").at("min").get<double>(), 0);
+}
+
+TEST_F(ClientTest, AnErrorOfTheCallIsOneLineAndStatusTwo) {
+  engine_->on_generate = [this](const FakeEngine::Generation& generation) {
+    engine_->End(generation, absl::ResourceExhaustedError("max_waiting: 9 of 9"));
+  };
+  const auto program = Run({"complete", "x"});
+  EXPECT_EQ(status_, 2);
+  EXPECT_EQ(program->error(), "RESOURCE_EXHAUSTED: max_waiting: 9 of 9\n");
+  EXPECT_EQ(Run({"complete", "x", "--model=other"})->error(), "NOT_FOUND: model is \"other\"; this server has \"fake\"\n");
+  EXPECT_EQ(status_, 2);
+}
+
+TEST_F(ClientTest, ADeadlineIsStatusTwo) {
+  auto program = Start({"complete", "x", "--timeout_seconds=0.2"});
+  const FakeEngine::Generation generation = engine_->NextGeneration();
+  EXPECT_EQ(program->ExitStatus(), 2);
+  EXPECT_THAT(program->error(), StartsWith("DEADLINE_EXCEEDED: "));
+  EXPECT_TRUE(engine_->WaitForCancel(generation.request.id));
+}
+
+TEST_F(ClientTest, NoServerIsStatusTwo) {
+  server_.reset();
+  Program program({MEMSERVE_CLIENT, "model", "--address=127.0.0.1:1"});
+  EXPECT_EQ(program.ExitStatus(), 2);
+  EXPECT_THAT(program.error(), StartsWith("UNAVAILABLE: "));
+}
+
+TEST_F(ClientTest, CtrlCCancelsTheCall) {
+  auto program = Start({"complete", "x"});
+  const FakeEngine::Generation generation = engine_->NextGeneration();
+  generation.listener->OnDelta({.text = "a"});
+  ASSERT_TRUE(program->ReadUntil("a"));
+  program->Signal(SIGINT);
+  EXPECT_TRUE(engine_->WaitForCancel(generation.request.id));
+  EXPECT_EQ(program->ExitStatus(), 130);
+  EXPECT_THAT(program->error(), StartsWith("CANCELLED: "));
+}
+
+TEST_F(ClientTest, AClientThatDiesCancelsItsRequest) {
+  auto program = Start({"complete", "x"});
+  const FakeEngine::Generation generation = engine_->NextGeneration();
+  program->Signal(SIGKILL);
+  EXPECT_TRUE(engine_->WaitForCancel(generation.request.id));
+}
+
+TEST_F(ClientTest, WrongUsageIsOneLineAndStatusOne) {
+  const std::vector<std::pair<std::vector<std::string>, std::string>> cases = {
+      {{}, "give a COMMAND"},
+      {{"frobnicate"}, "there is no command frobnicate"},
+      {{"complete"}, "give one PROMPT"},
+      {{"complete", "a", "b"}, "give one PROMPT"},
+      {{"complete", "--token_ids", "1,x"}, "give one PROMPT"},
+      {{"complete", "x", "--nonsense"}, "there is no flag --nonsense"},
+      {{"complete", "x", "--top_k=1.5"}, "--top_k is \"1.5\"; it must be a whole number"},
+      {{"complete", "x", "--memory=maybe"}, "--memory is \"maybe\"; it must be on or off"},
+      {{"complete", "x", "--max_tokens"}, "--max_tokens needs a value"},
+      {{"model", "--top_k=1"}, "--top_k means nothing to model"},
+      {{"model", "x"}, "model takes no words"},
+      {{"score", "ctx"}, "give CONTEXT and at least one CONTINUATION"},
+      {{"detokenize", "x"}, "\"x\" is no token id"},
+      {{"repeat", "x", "--count=0"}, "--count must be at least 1"},
+  };
+  for (const auto& [words, message] : cases) {
+    const auto program = Run(words);
+    EXPECT_EQ(status_, 1) << message;
+    EXPECT_THAT(program->error(), StartsWith("memserve-client: " + message));
+    EXPECT_EQ(std::count(program->error().begin(), program->error().end(), '\n'), 1);
+    EXPECT_EQ(program->out(), "");
+  }
+}
+
+TEST_F(ClientTest, HelpNamesEveryCommandAndFlag) {
+  const auto program = Run({"--help"});
+  EXPECT_EQ(status_, 0);
+  for (const char* word : {"complete", "score",   "tokenize",     "detokenize",        "model",         "load",      "tables",
+                           "abort",    "repeat",  "--address",    "--timeout_seconds", "--json",        "--add_bos", "--token_ids",
+                           "--memory", "--model", "--request_id", "--max_tokens",      "--temperature", "--top_k",   "--top_p",
+                           "--seed",   "--stop",  "--ignore_eos", "--logprobs",        "--stats",       "--count",   "Examples"}) {
+    EXPECT_THAT(program->out(), HasSubstr(word));
+  }
+}
+
+}  // namespace
+}  // namespace memserve::server
