@@ -33,6 +33,7 @@ constexpr Subcommand kSubcommands[] = {
     {"row_dot", "dot products with rows of a value table: --rows --dim --bag --format", BenchRowDot},
     {"sample", "one token for each row of logits: --vocab --temperature --top_k --top_p", BenchSample},
     {"logits", "the output matrix: --vocab --dim --format", BenchLogits},
+    {"table_size", "search and gather over tables of 2^14 to 2^20 rows: --heads --half_dim --knn --dim --format", BenchTableSize},
     {"model", "a checkpoint through the engine, --batch streams at once: --checkpoint --prompt --decode", BenchModel},
 };
 

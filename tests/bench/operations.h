@@ -15,5 +15,6 @@ void BenchRowDot();
 void BenchSample();
 void BenchLogits();
 void BenchModel();
+void BenchTableSize();
 
 }  // namespace memserve::bench

@@ -115,7 +115,7 @@ def table_size_section(args):
           "(`memserve-bench table_size`). Search grows as √rows; the gather is flat from 2^18 rows on, below that rows are still in caches.\n")
     print("| rows | n_keys | search | gather |\n|---|---|---|---|")
     for row in run_json(f"{args.build}/tests/bench/memserve-bench", "table_size", "--batch=8", "--json"):
-        print(f"| 2^{row['rows'].bit_length() - 1} | {row['n_keys']} | {row['search_seconds'] * 1e6 / 8:.1f} | {row['gather_seconds'] * 1e6 / 8:.1f} |")
+        print(f"| {row['rows']:,} | {row['n_keys']} | {row['search_seconds'] * 1e6 / 8:.1f} | {row['gather_seconds'] * 1e6 / 8:.1f} |")
     print()
 
 

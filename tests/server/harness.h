@@ -26,10 +26,12 @@ inline ServerOptions OnAnyPort() {
   return options;
 }
 
-// A channel of its own, with connections of its own.
+// A channel of its own, with connections of its own. It takes 64 KiB ahead of its reader and never more, so that a large message that
+// nobody reads stays in flight.
 inline std::shared_ptr<grpc::Channel> Connect(int port) {
   grpc::ChannelArguments arguments;
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
   return grpc::CreateCustomChannel(absl::StrCat("127.0.0.1:", port), grpc::InsecureChannelCredentials(), arguments);
 }
 
