@@ -223,6 +223,8 @@ class EngineImpl final : public Engine {
 
   // --- tokenizer threads
   absl::StatusOr<std::vector<int32_t>> TokensOf(const Prompt& prompt, bool add_bos) const;
+  absl::StatusOr<std::vector<int32_t>> TokensWithContinuation(const ScoreRequest& request, const std::vector<int32_t>& context,
+                                                              const Prompt& continuation) const;
   absl::StatusOr<std::shared_ptr<Sequence>> BuildSequence(const GenerateRequest& request, std::shared_ptr<RequestControl> control,
                                                           std::shared_ptr<GenerateListener> listener);
   absl::StatusOr<std::vector<std::shared_ptr<Sequence>>> BuildSequences(const ScoreRequest& request,
@@ -420,6 +422,19 @@ absl::StatusOr<std::vector<int32_t>> EngineImpl::TokensOf(const Prompt& prompt, 
   return ids;
 }
 
+// Context and continuation together. Two texts are encoded as one, as they would stand in a document, and what follows the first
+// context.size() tokens is scored: encoded by itself, a continuation might begin with a space of its own (SentencePiece).
+absl::StatusOr<std::vector<int32_t>> EngineImpl::TokensWithContinuation(const ScoreRequest& request, const std::vector<int32_t>& context,
+                                                                        const Prompt& continuation) const {
+  const auto* before = std::get_if<std::string>(&request.context);
+  const auto* after = std::get_if<std::string>(&continuation);
+  if (before != nullptr && after != nullptr) return TokensOf(Prompt(*before + *after), request.add_bos.value_or(true));
+  std::vector<int32_t> tokens = context;
+  LOAD_OR_RETURN(const std::vector<int32_t> more, TokensOf(continuation, /*add_bos=*/false));
+  tokens.insert(tokens.end(), more.begin(), more.end());
+  return tokens;
+}
+
 absl::Status EngineImpl::CheckFits(const Sequence& sequence) const {
   const int64_t pages = cache_.PagesFor(sequence.most_tokens());
   if (pages <= cache_.total()) return absl::OkStatus();
@@ -473,13 +488,13 @@ absl::StatusOr<std::vector<std::shared_ptr<Sequence>>> EngineImpl::BuildSequence
   state->result.usage.prompt_tokens = static_cast<int32_t>(context.size());
   std::vector<std::shared_ptr<Sequence>> sequences;
   for (size_t i = 0; i < request.continuations.size(); ++i) {
-    LOAD_OR_RETURN(const std::vector<int32_t> continuation, TokensOf(request.continuations[i], /*add_bos=*/false));
-    if (continuation.empty()) return absl::InvalidArgumentError(absl::StrCat("continuations[", i, "]: has no tokens; at least 1 is needed"));
     auto sequence = std::make_shared<Sequence>();
     Sequence& s = *sequence;
     s.control = control;
-    s.tokens = context;
-    s.tokens.insert(s.tokens.end(), continuation.begin(), continuation.end());
+    LOAD_OR_RETURN(s.tokens, TokensWithContinuation(request, context, request.continuations[i]));
+    if (s.tokens.size() <= context.size()) {
+      return absl::InvalidArgumentError(absl::StrCat("continuations[", i, "]: has no tokens; at least 1 is needed"));
+    }
     if (static_cast<int64_t>(s.tokens.size()) > limits_.max_context_tokens) {
       return absl::InvalidArgumentError(absl::StrCat("continuations[", i, "]: with the context it has ", s.tokens.size(),
                                                      " tokens; this server accepts ", limits_.max_context_tokens));
@@ -490,8 +505,8 @@ absl::StatusOr<std::vector<std::shared_ptr<Sequence>>> EngineImpl::BuildSequence
     s.score_index = static_cast<int>(i);
     s.score = state;
     if (absl::Status status = CheckFits(s); !status.ok()) return status;
-    state->result.scores.push_back({.token_ids = continuation});
-    state->result.usage.completion_tokens += static_cast<int32_t>(continuation.size());
+    state->result.scores.push_back({.token_ids = {s.tokens.begin() + s.score_begin, s.tokens.end()}});
+    state->result.usage.completion_tokens += static_cast<int32_t>(s.tokens.size() - context.size());
     sequences.push_back(std::move(sequence));
   }
   return sequences;

@@ -10,7 +10,9 @@ namespace {
 
 using kernels::TensorView;
 
-// Logits are made for this many bytes of rows at a time: prompt scores of a large vocabulary would not fit otherwise.
+// Logits are made for so many rows and bytes at a time: prompt scores of a large vocabulary would not fit otherwise, and 64 rows fill
+// a product as well as more.
+constexpr int64_t kLogitRows = 64;
 constexpr int64_t kLogitBytes = 32 << 20;
 
 }  // namespace
@@ -69,7 +71,7 @@ absl::StatusOr<std::unique_ptr<Transformer>> Transformer::Load(const ModelConfig
   model->x_ = workspace.Take(tokens, config.dim);
   model->normed_ = workspace.Take(tokens, config.dim);
   model->delta_ = workspace.Take(tokens, config.dim);
-  model->max_logit_rows_ = std::clamp<int64_t>(kLogitBytes / (int64_t{config.vocab_size} * sizeof(float)), 1, tokens);
+  model->max_logit_rows_ = std::clamp<int64_t>(kLogitBytes / (int64_t{config.vocab_size} * sizeof(float)), 1, std::min(kLogitRows, tokens));
   model->selected_ = workspace.Take(model->max_logit_rows_, config.dim);
   if (shard.ranks > 1) model->local_logits_ = workspace.Take(model->max_logit_rows_, vocabulary.size());
   if (!workspace.status().ok()) return workspace.status();

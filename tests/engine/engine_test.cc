@@ -286,6 +286,24 @@ TEST(EngineTest, TextAndTokenIdsOfThePromptGiveTheSameAnswer) {
   EXPECT_EQ(by_text.finished->usage.prompt_tokens, static_cast<int>(golden.sequences[0].tokens.size()));
 }
 
+TEST(EngineTest, AScoredTextContinuesItsContextAsInADocument) {
+  const std::unique_ptr<Engine> engine = Start(Options("F"));
+  const GoldenCase golden = LoadGolden("F");
+  const std::vector<int32_t>& tokens = golden.sequences[0].tokens;  // of "The keeper of the harbour", begin of sequence in front
+  ScoreRequest text;
+  text.context = "The keeper";
+  text.continuations = {" of the harbour"};
+  const absl::StatusOr<ScoreResult> by_text = Score(*engine, text);
+  ASSERT_TRUE(by_text.ok()) << by_text.status();
+  const size_t scored = by_text->scores[0].token_ids.size();
+  EXPECT_EQ(by_text->scores[0].token_ids, std::vector<int32_t>(tokens.end() - static_cast<int64_t>(scored), tokens.end()));
+  ScoreRequest ids;
+  ids.context = std::vector<int32_t>(tokens.begin(), tokens.end() - static_cast<int64_t>(scored));
+  ids.continuations = {by_text->scores[0].token_ids};
+  EXPECT_EQ(Score(*engine, ids)->scores[0].token_logprobs, by_text->scores[0].token_logprobs);
+  EXPECT_EQ(by_text->usage.prompt_tokens + by_text->usage.completion_tokens, static_cast<int>(tokens.size()));
+}
+
 TEST(EngineTest, WrongRequestsNameFieldValueAndLimit) {
   const std::unique_ptr<Engine> engine = Start(Options("A"));
   const auto error = [&](const std::function<void(GenerateRequest&)>& change) {
