@@ -17,11 +17,20 @@ namespace {
 constexpr double kMuch = 1e9;    // ns of work: worth sharing
 constexpr double kLittle = 100;  // not
 
+// A microsecond or so, in which the other threads come to take part.
+void Work() {
+  volatile int spin = 0;
+  while (spin < 1000) spin = spin + 1;
+}
+
 TEST(ThreadPoolTest, RunsEveryTaskOnceAndSeesAllOfItsWritesWhenItReturns) {
   ThreadPool pool(4);
   for (int64_t tasks : {0, 1, 2, 3, 7, 1000}) {
     std::vector<int> runs(tasks, 0);
-    pool.ParallelFor(tasks, kMuch, [&](int64_t task, int) { ++runs[task]; });
+    pool.ParallelFor(tasks, kMuch, [&](int64_t task, int) {
+      Work();
+      ++runs[task];
+    });
     EXPECT_THAT(runs, testing::Each(1)) << tasks << " tasks";
   }
 }
@@ -67,13 +76,29 @@ TEST(ThreadPoolTest, SharesLargeWork) {
   EXPECT_EQ(inside, 2);
 }
 
+TEST(ThreadPoolTest, ReturnsWhenTheLastTaskOfAnotherThreadIsDone) {
+  ThreadPool pool(2);
+  std::atomic<int> inside{0};
+  bool finished = false;  // by the worker, long after the caller's own task
+  pool.ParallelFor(2, kMuch, [&](int64_t, int thread) {
+    ++inside;
+    while (inside < 2) continue;
+    for (int i = 0; thread != 0 && i < 10000; ++i) Work();
+    if (thread != 0) finished = true;
+  });
+  EXPECT_TRUE(finished);
+}
+
 // Jobs follow each other faster than workers come back from the last one; now and then the caller works alone, long enough for the
 // workers to park.
 TEST(ThreadPoolTest, NeverMixesTheTasksOfTwoJobs) {
   ThreadPool pool(4);
   for (int64_t job = 0; job < 3000; ++job) {
     std::vector<int64_t> written(job % 5 + 2, -1);
-    pool.ParallelFor(static_cast<int64_t>(written.size()), kMuch, [&, job](int64_t task, int) { written[task] = job; });
+    pool.ParallelFor(static_cast<int64_t>(written.size()), kMuch, [&, job](int64_t task, int) {
+      Work();
+      written[task] = job;
+    });
     ASSERT_THAT(written, testing::Each(job));
     volatile int64_t alone = 0;
     if (job % 500 == 0) pool.ParallelFor(1000000, kLittle, [&](int64_t task, int) { alone = alone + task; });

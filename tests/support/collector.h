@@ -36,7 +36,7 @@ class Collector final : public engine::GenerateListener {
   void OnFinished(absl::StatusOr<engine::Finished> finished) override {
     if (finished.ok()) generated_.text += finished->text;
     generated_.finished = std::move(finished);
-    promise_.set_value(generated_);
+    promise_.set_value(std::move(generated_));
   }
   // Blocks until the end.
   Generated Wait() { return future_.get(); }
