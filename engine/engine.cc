@@ -333,7 +333,7 @@ void EngineImpl::Submit(std::vector<std::shared_ptr<Sequence>> sequences) {
 std::string EngineImpl::Generate(GenerateRequest request, std::shared_ptr<GenerateListener> listener) {
   const auto refuse = [&](const absl::Status& status) {
     output_->Add([listener, status] { listener->OnFinished(status); });
-    return request.id;
+    return std::string();
   };
   if (absl::Status s = Validate(request, limits_); !s.ok()) return refuse(s);
   absl::StatusOr<std::shared_ptr<RequestControl>> control = Register(request.id, request.deadline);
@@ -355,7 +355,7 @@ std::string EngineImpl::Generate(GenerateRequest request, std::shared_ptr<Genera
 std::string EngineImpl::Score(ScoreRequest request, ScoreCallback callback) {
   const auto refuse = [&](const absl::Status& status) {
     output_->Add([callback, status] { callback(status); });
-    return request.id;
+    return std::string();
   };
   if (absl::Status s = Validate(request, limits_); !s.ok()) return refuse(s);
   absl::StatusOr<std::shared_ptr<RequestControl>> control = Register(request.id, request.deadline);

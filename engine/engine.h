@@ -76,7 +76,7 @@ class Engine {
 
   // The listener's OnFinished gives every error: INVALID_ARGUMENT (names field, value, limit), RESOURCE_EXHAUSTED (queue full),
   // ALREADY_EXISTS, UNIMPLEMENTED (text without a tokenizer), UNAVAILABLE (draining, device failed), DEADLINE_EXCEEDED, CANCELLED.
-  // The id in use is request.id, or if that is empty the one returned.
+  // Gives the id in use (drawn where request.id is empty), or "" for a request that is refused at once: its id may be another's.
   virtual std::string Generate(GenerateRequest request, std::shared_ptr<GenerateListener> listener) = 0;
   virtual std::string Score(ScoreRequest request, ScoreCallback callback) = 0;
 
