@@ -12,7 +12,7 @@
 namespace memserve::kernels {
 
 struct RowStoreSpec {
-  int64_t rows = 0;
+  int64_t rows = 0;               // at most INT32_MAX: row ids are int32
   int64_t dim = 0;                // columns of the whole table
   int64_t first_column = 0;       // this store holds columns [first_column, end_column): multiples of 16 bytes, but for
   int64_t end_column = 0;         //   the table's last column

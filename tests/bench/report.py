@@ -92,8 +92,8 @@ def stream_section(args):
             outside.append(client["client_us_per_token"]["median"])
     ratios = [o / i for i, o in zip(inside, outside)]
     print("## One stream through gRPC\n")
-    print("Microseconds a token of the demo model, after the first; engine alone (`memserve-bench model`) and at a gRPC client on the same "
-          f"machine (`memserve-client repeat`), in turn, {args.rounds} rounds of 15 streams of {tokens} tokens:\n")
+    print("Microseconds a token of the demo model: engine alone after the first token (`memserve-bench model`), and the whole call of a gRPC "
+          f"client on the same machine less the engine's queue and prefill, call set-up included (`memserve-client repeat`), in turn, {args.rounds} rounds of 15 streams of {tokens} tokens:\n")
     print("| engine alone | at the client | ratio, round by round |\n|---|---|---|")
     print(f"| {spread(inside, 1, 1)} | {spread(outside, 1, 1)} | **{spread(ratios, 1, 3)}** |\n")
 
