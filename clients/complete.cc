@@ -87,15 +87,14 @@ void PrintStats(const v1::Finished& finished) {
   std::fprintf(stderr, "; seed %llu, id %s\n", static_cast<unsigned long long>(finished.seed()), finished.request_id().c_str());
 }
 
-struct Pace {
-  double client_us = 0;  // a token after the first, from here
-  double engine_us = 0;  // the same by the engine's clock
+// One stream from here: microseconds of the whole call less what the engine says passed before its first token.
+struct Stream {
+  double call_us = 0;
+  double decode_us = 0;  // by the engine's clock, after the first token
   int tokens = 0;
 };
 
-// A model that is faster than its reader has its deltas joined, so tokens are not timed as they arrive: it is the whole call less
-// what the engine says it took to the first token. All that gRPC costs is in it, the call's own set-up too.
-grpc::Status MeasureStream(const Options& options, v1::Inference::Stub& stub, const v1::GenerateRequest& request, Pace& pace) {
+grpc::Status MeasureStream(const Options& options, v1::Inference::Stub& stub, const v1::GenerateRequest& request, Stream& stream) {
   using Clock = std::chrono::steady_clock;
   const Clock::time_point start = Clock::now();
   Call call(options);
@@ -107,10 +106,9 @@ grpc::Status MeasureStream(const Options& options, v1::Inference::Stub& stub, co
   }
   const double us = std::chrono::duration<double, std::micro>(Clock::now() - start).count();
   const v1::Timings& timings = finished.timings();
-  pace.tokens = finished.usage().completion_tokens();
-  const int decoded = std::max(1, pace.tokens - 1);
-  pace.client_us = (us - 1e6 * (timings.queue_seconds() + timings.prefill_seconds())) / decoded;
-  pace.engine_us = 1e6 * timings.decode_seconds() / decoded;
+  stream.tokens = finished.usage().completion_tokens();
+  stream.call_us = us - 1e6 * (timings.queue_seconds() + timings.prefill_seconds());
+  stream.decode_us = 1e6 * timings.decode_seconds();
   return reader->Finish();
 }
 
@@ -145,34 +143,43 @@ int Complete(const Options& options) {
   return ExitStatus(status);
 }
 
+// A model that is faster than its reader has its deltas joined, so tokens are not timed as they arrive. Each round streams one token
+// and then all of them: the first is what the call itself costs, the difference is what the tokens after the first cost.
 int Repeat(const Options& options) {
   std::optional<v1::GenerateRequest> request = ToRequestWithPrompt(options);
   if (!request) return UsageError(kPromptNeeded);
   if (options.count.value_or(1) < 1) return UsageError("--count must be at least 1");
+  if (options.max_tokens.value_or(64) < 2) return UsageError("--max_tokens must be at least 2 to time what follows the first");
   if (!options.max_tokens) request->mutable_stop()->set_max_tokens(64);
   if (!options.ignore_eos) request->mutable_stop()->set_ignore_eos(true);
+  v1::GenerateRequest first = *request;
+  first.mutable_stop()->set_max_tokens(1);
   const auto stub = ConnectInference(options);
-  std::vector<double> client_us, engine_us;
-  Pace pace;
+  std::vector<double> token_us, engine_us, call_us;
+  Stream one, all;
   for (int i = -1; i < options.count.value_or(10); ++i) {  // the first warms up
-    if (const grpc::Status status = MeasureStream(options, *stub, *request, pace); !status.ok()) return ExitStatus(status);
+    if (const grpc::Status status = MeasureStream(options, *stub, first, one); !status.ok()) return ExitStatus(status);
+    if (const grpc::Status status = MeasureStream(options, *stub, *request, all); !status.ok()) return ExitStatus(status);
     if (i < 0) continue;
-    client_us.push_back(pace.client_us);
-    engine_us.push_back(pace.engine_us);
+    const int decoded = std::max(1, all.tokens - one.tokens);
+    token_us.push_back((all.call_us - one.call_us) / decoded);
+    engine_us.push_back(all.decode_us / decoded);
+    call_us.push_back(one.call_us);
   }
-  const Spread client = SpreadOf(client_us), engine = SpreadOf(engine_us);
+  const Spread client = SpreadOf(token_us), engine = SpreadOf(engine_us), call = SpreadOf(call_us);
   if (options.json) {
-    PrintJson({{"streams", client_us.size()},
-               {"tokens", pace.tokens},
+    PrintJson({{"streams", token_us.size()},
+               {"tokens", all.tokens},
                {"client_us_per_token", ToJson(client)},
                {"engine_us_per_token", ToJson(engine)},
+               {"call_us", ToJson(call)},
                {"tokens_per_second", 1e6 / client.median}});
   } else {
-    std::printf("%zu streams one after the other, %d tokens each; microseconds a token after the first:\n", client_us.size(),
-                pace.tokens);
+    std::printf("%zu streams one after the other, %d tokens each; microseconds a token after the first:\n", token_us.size(), all.tokens);
     std::printf("  at this client  median %8.1f  min %8.1f  max %8.1f  (%.0f tokens/s)\n", client.median, client.least, client.most,
                 1e6 / client.median);
     std::printf("  in the engine   median %8.1f  min %8.1f  max %8.1f\n", engine.median, engine.least, engine.most);
+    std::printf("  and once a call median %8.1f  min %8.1f  max %8.1f\n", call.median, call.least, call.most);
   }
   return kOk;
 }

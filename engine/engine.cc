@@ -205,6 +205,8 @@ class EngineImpl final : public Engine {
     kernels::MutexLock lock(mutex_);
     Load load = load_;
     load.draining = draining_;
+    load.requests = static_cast<int>(registry_.size());
+    load.ended_requests = ended_requests_;
     return load;
   }
   absl::Status status() const override {
@@ -271,6 +273,7 @@ class EngineImpl final : public Engine {
   kernels::CondVar wake_;     // the engine thread waits for work
   kernels::CondVar drained_;  // Drain waits for the registry to empty
   std::vector<std::shared_ptr<Sequence>> inbox_ ABSL_GUARDED_BY(mutex_);
+  int64_t ended_requests_ ABSL_GUARDED_BY(mutex_) = 0;
   absl::flat_hash_map<std::string, std::shared_ptr<RequestControl>> registry_ ABSL_GUARDED_BY(mutex_);
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
@@ -305,7 +308,7 @@ absl::StatusOr<std::shared_ptr<RequestControl>> EngineImpl::Register(std::string
 
 void EngineImpl::Unregister(const std::string& id) {
   kernels::MutexLock lock(mutex_);
-  registry_.erase(id);
+  if (registry_.erase(id) > 0) ++ended_requests_;
   if (registry_.empty()) drained_.NotifyAll();
 }
 

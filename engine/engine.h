@@ -53,6 +53,8 @@ struct ModelInfo {
 };
 
 struct Load {
+  int requests = 0;          // accepted and not ended: running, waiting or still being tokenised
+  int64_t ended_requests = 0;
   int running = 0;
   int waiting = 0;
   int64_t waiting_tokens = 0;

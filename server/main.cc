@@ -10,6 +10,8 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "engine/engine.h"
 #include "server/logging.h"
 #include "server/options.h"
@@ -33,12 +35,13 @@ void WaitForStopSignal() {
 }
 
 // Returns the engine's failure if that comes first.
-absl::Status ServeUntilStopSignal(const Server& server) {
+absl::Status ServeUntilStopSignal(Server& server) {
   while (server.status().ok()) {
     timespec until;
     clock_gettime(CLOCK_REALTIME, &until);
     until.tv_sec += 1;
     if (sem_timedwait(&stop_signals, &until) == 0) return absl::OkStatus();
+    server.WatchProgress(absl::Now());
   }
   return server.status();
 }

@@ -54,6 +54,8 @@ ABSL_FLAG(bool, dry_run, kEngine.dry_run, "print what would be held in memory, a
 ABSL_FLAG(std::string, grpc_address, kServer.grpc_address, "host:port to listen on; port 0 takes a free one");
 ABSL_FLAG(bool, allow_public, kServer.allow_public, "permit an address that other machines reach; there is no authentication yet");
 ABSL_FLAG(std::string, port_file, kServer.port_file, "write the bound port here, atomically, once requests are answered");
+ABSL_FLAG(int, stall_seconds, kServer.stall_seconds,
+          "seconds without a step while requests wait, after which the server is not ready (health)");
 ABSL_FLAG(int, drain_seconds, kServer.drain_seconds, "seconds that what runs may go on for after SIGTERM or SIGINT");
 ABSL_FLAG(int, max_message_bytes, kServer.max_message_bytes, "bytes of one request");
 ABSL_FLAG(int, max_unread_bytes, kServer.max_unread_bytes,
@@ -145,6 +147,7 @@ absl::Status Check(const ServerOptions& options) {
                                                    "take 127.0.0.1, or say --allow_public"));
   }
   if (absl::Status status = CheckRange("--drain_seconds", options.drain_seconds, 0, 86400); !status.ok()) return status;
+  if (absl::Status status = CheckRange("--stall_seconds", options.stall_seconds, 1, 86400); !status.ok()) return status;
   if (absl::Status status = CheckRange("--max_message_bytes", options.max_message_bytes, 1024, 1 << 30); !status.ok()) {
     return status;
   }
@@ -205,6 +208,7 @@ absl::StatusOr<Options> ParseCommandLine(int argc, char** argv) {
   server.allow_public = absl::GetFlag(FLAGS_allow_public);
   server.port_file = absl::GetFlag(FLAGS_port_file);
   server.drain_seconds = absl::GetFlag(FLAGS_drain_seconds);
+  server.stall_seconds = absl::GetFlag(FLAGS_stall_seconds);
   server.max_message_bytes = absl::GetFlag(FLAGS_max_message_bytes);
   server.max_unread_bytes = absl::GetFlag(FLAGS_max_unread_bytes);
   server.log_level = absl::GetFlag(FLAGS_log_level);

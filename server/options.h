@@ -16,6 +16,7 @@ struct ServerOptions {
   bool allow_public = false;                     // an address that other machines reach; there is no authentication yet
   std::string port_file;                         // gets the bound port once requests are answered; empty: none
   int drain_seconds = 30;                        // what runs may go on for so long after SIGTERM
+  int stall_seconds = 60;                        // no step for so long although requests wait: not ready
   int max_message_bytes = 8 << 20;               // of one request
   int max_unread_bytes = 4 << 20;                // of one stream whose reader is slow; beyond it the stream is ended
   std::string log_level = "info";                // trace, debug, info, warning, error

@@ -36,7 +36,8 @@ absl::Status WritePortFile(const std::string& file, int port) {
 
 }  // namespace
 
-Server::Server(const ServerOptions& options) : options_(options), inference_(options_, gate_), memory_(gate_) {}
+Server::Server(const ServerOptions& options)
+    : options_(options), inference_(options_, gate_), memory_(gate_), progress_(absl::Seconds(options.stall_seconds)) {}
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Listen(const ServerOptions& options) {
   if (absl::Status status = Check(options); !status.ok()) return status;
@@ -74,6 +75,19 @@ absl::Status Server::Serve(std::unique_ptr<engine::Engine> engine) {
   SetReady(true);
   spdlog::info("ready: {} on {}, port {}", engine_->model().name, options_.grpc_address, port_);
   return options_.port_file.empty() ? absl::OkStatus() : WritePortFile(options_.port_file, port_);
+}
+
+void Server::WatchProgress(absl::Time now) {
+  const engine::Load load = engine_->load();
+  const bool progresses = progress_.Progresses(load, now);
+  if (progresses == progresses_) return;
+  progresses_ = progresses;
+  SetReady(progresses);
+  if (progresses) {
+    spdlog::info("the engine goes on: ready again");
+  } else {
+    spdlog::error("no step for {} s although {} requests wait (step {}): not ready", options_.stall_seconds, load.requests, load.steps);
+  }
 }
 
 void Server::Drain(absl::Duration limit) {

@@ -14,6 +14,7 @@
 #include "server/inference_service.h"
 #include "server/memory_service.h"
 #include "server/options.h"
+#include "server/progress_watch.h"
 
 namespace memserve::server {
 
@@ -31,6 +32,10 @@ class Server {
   // Not OK once the engine has failed for good: the process is to end.
   absl::Status status() const { return engine_->status(); }
 
+  // To be called about once a second while serving, by the thread that drains: readiness falls while the engine makes no progress
+  // although requests wait, and comes back with it.
+  void WatchProgress(absl::Time now);
+
   // Not ready, refuses new work, and waits until what runs has finished or `limit` has passed, then ends the rest. May be called
   // again from another thread with a shorter limit.
   void Drain(absl::Duration limit);
@@ -46,6 +51,8 @@ class Server {
   MemoryService memory_;
   std::unique_ptr<grpc::Server> grpc_;
   int port_ = 0;
+  ProgressWatch progress_;
+  bool progresses_ = true;
 };
 
 }  // namespace memserve::server

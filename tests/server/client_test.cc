@@ -154,15 +154,19 @@ TEST_F(ClientTest, TheQueriesPrintWhatTheServerSays) {
 }
 
 TEST_F(ClientTest, RepeatPrintsMicrosecondsAToken) {
-  std::vector<engine::Delta> deltas(10, {.text = "x", .token_ids = {1}});
-  AnswerWith(deltas, {.usage = {.completion_tokens = 10}, .timings = {.decode = absl::Microseconds(900)}});
-  const auto program = Run({"repeat", "--count=3", "x", "--json"});
+  engine_->on_generate = [this](const FakeEngine::Generation& generation) {
+    const int tokens = *generation.request.stop.max_tokens;
+    for (int i = 0; i < tokens; ++i) generation.listener->OnDelta({.text = "x", .token_ids = {1}});
+    engine_->End(generation, engine::Finished{.usage = {.completion_tokens = tokens}, .timings = {.decode = absl::Microseconds(100) * (tokens - 1)}});
+  };
+  const auto program = Run({"repeat", "--count=3", "--max_tokens=10", "x", "--json"});
   EXPECT_EQ(status_, 0);
   const nlohmann::json json = nlohmann::json::parse(program->out());
   EXPECT_EQ(json.at("streams"), 3);
   EXPECT_EQ(json.at("tokens"), 10);
   EXPECT_NEAR(json.at("engine_us_per_token").at("median").get<double>(), 100, 1e-6);
-  EXPECT_GT(json.at("client_us_per_token").at("min").get<double>(), 0);
+  EXPECT_GT(json.at("call_us").at("min").get<double>(), 0);
+  EXPECT_TRUE(json.at("client_us_per_token").contains("median"));
 }
 
 TEST_F(ClientTest, AnErrorOfTheCallIsOneLineAndStatusTwo) {
@@ -225,6 +229,7 @@ TEST_F(ClientTest, WrongUsageIsOneLineAndStatusOne) {
       {{"score", "ctx"}, "give CONTEXT and at least one CONTINUATION"},
       {{"detokenize", "x"}, "\"x\" is no token id"},
       {{"repeat", "x", "--count=0"}, "--count must be at least 1"},
+      {{"repeat", "x", "--max_tokens=1"}, "--max_tokens must be at least 2"},
   };
   for (const auto& [words, message] : cases) {
     const auto program = Run(words);

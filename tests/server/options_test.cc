@@ -52,6 +52,7 @@ TEST(OptionsTest, EveryFlagReachesItsOption) {
                              "--grpc_address=[::1]:1234",
                              "--port_file=P",
                              "--drain_seconds=11",
+                             "--stall_seconds=15",
                              "--max_message_bytes=120000",
                              "--max_unread_bytes=130000",
                              "--log_level=debug",
@@ -83,6 +84,7 @@ TEST(OptionsTest, EveryFlagReachesItsOption) {
   EXPECT_EQ(server.grpc_address, "[::1]:1234");
   EXPECT_EQ(server.port_file, "P");
   EXPECT_EQ(server.drain_seconds, 11);
+  EXPECT_EQ(server.stall_seconds, 15);
   EXPECT_EQ(server.max_message_bytes, 120000);
   EXPECT_EQ(server.max_unread_bytes, 130000);
   EXPECT_EQ(server.log_level, "debug");
@@ -117,6 +119,7 @@ TEST(OptionsTest, AFlagOutOfRangeIsNamedWithValueAndLimit) {
       {"--grpc_address=127.0.0.1:70000", "--grpc_address", "70000", "65535"},
       {"--grpc_address=:1", "--grpc_address", ":1", "host:port"},
       {"--drain_seconds=-1", "--drain_seconds", "-1", "0"},
+      {"--stall_seconds=0", "--stall_seconds", "0", "1"},
       {"--max_message_bytes=0", "--max_message_bytes", "0", "1024"},
       {"--max_unread_bytes=0", "--max_unread_bytes", "0", "1024"},
       {"--log_level=loud", "--log_level", "loud", "debug"},

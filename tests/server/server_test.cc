@@ -69,6 +69,34 @@ TEST(ServerTest, WhileLoadingItIsAliveAndNotReady) {
             grpc::StatusCode::UNAVAILABLE);
 }
 
+TEST(ServerTest, ReadinessFallsWhileTheEngineMakesNoStepAlthoughRequestsWait) {
+  ServerOptions options = OnAnyPort();
+  options.stall_seconds = 5;
+  const auto server = ListenOrDie(options);
+  auto owned = std::make_unique<FakeEngine>();
+  FakeEngine& engine = *owned;
+  ASSERT_TRUE(server->Serve(std::move(owned)).ok());
+  const auto ready_at = [&](int second) {
+    server->WatchProgress(absl::UnixEpoch() + absl::Seconds(second));
+    return Health(server->port(), "memserve.v1.Inference") == "serving";
+  };
+  EXPECT_TRUE(ready_at(0));
+  EXPECT_TRUE(ready_at(100)) << "nothing waits";
+  engine.load_now = {.requests = 1, .steps = 7};
+  EXPECT_TRUE(ready_at(101));
+  EXPECT_TRUE(ready_at(106)) << "the limit is not passed";
+  EXPECT_FALSE(ready_at(107));
+  EXPECT_EQ(Health(server->port(), ""), "serving") << "alive all the same";
+  engine.load_now.steps = 8;
+  EXPECT_TRUE(ready_at(120)) << "it moves again";
+  EXPECT_FALSE(ready_at(126));
+  engine.load_now.ended_requests = 1;
+  EXPECT_TRUE(ready_at(127)) << "a request ended";
+  EXPECT_FALSE(ready_at(133));
+  engine.load_now.requests = 0;
+  EXPECT_TRUE(ready_at(134)) << "nothing waits any more";
+}
+
 TEST(ServerTest, OnceItHasAnEngineItIsReadyAndSaysItsPort) {
   ServerOptions options = OnAnyPort();
   options.port_file = ::testing::TempDir() + "/memserve_server_test_port";
