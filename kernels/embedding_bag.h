@@ -2,6 +2,9 @@
 //
 //   out[b, c] = Σ_i weights[b, i] · table[rows[b, i]][c]          i ascending, one float32 fma chain per output
 //
+// In a table whose format has scales the term is (weights[b, i] · scale[row]) · code[row][c]: the product in brackets is rounded to
+// float32 once, and takes the place of the weight.
+//
 // An entry with row -1 is left out (not even multiplied by zero). A bag of no entries gives zeros. The order of the terms is the
 // order of the bag in every back end, placement and column split, so that outputs are equal bit for bit.
 // If overlay_of_bag[b] >= 0, rows listed in overlays[overlay_of_bag[b]] come from there instead of from the table.

@@ -1,6 +1,7 @@
 // Dot products of chosen rows with the token's own vector: the first half of a PEER layer.
 //
-//   out[t, i] = Σ_c table[rows[t, i]][c] · x[t, first_column + c]      over the columns of the store, float32, fixed order
+//   out[t, i] = Σ_c table[rows[t, i]][c] · x[t, first_column + c]      over the columns of the store, float32, fixed order;
+//                                                                      a row's scale, where it has one, multiplies the sum
 //
 // An entry with row -1 gives 0. With the table split by columns over ranks, the sums of the ranks are added by an all-reduce.
 // Source: PEER (arXiv 2407.04153), equation of a single-neuron expert, u(x)ᵀ·x.

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "kernels/row_format.h"
 #include "kernels/tensor.h"
 
 namespace memserve::kernels {
@@ -16,7 +17,7 @@ struct RowStoreSpec {
   int64_t dim = 0;                // columns of the whole table
   int64_t first_column = 0;       // this store holds columns [first_column, end_column): multiples of 16 bytes, but for
   int64_t end_column = 0;         //   the table's last column
-  DType format = DType::kF32;     // f32 or bf16
+  DType format = DType::kF32;     // see row_format.h
   int64_t columns() const { return end_column - first_column; }
 };
 
@@ -40,9 +41,12 @@ class RowStore {
 
   // Where the loader may read whole rows of spec().format to (row-major, no gaps), or null: then Store is the way.
   virtual void* DirectRows() { return nullptr; }
-  // Copies `count` whole rows (spec().dim values of `source`, f32 or bf16) from `first_row` on; keeps this store's columns.
-  // Threads may store disjoint rows at once.
-  virtual void Store(int64_t first_row, int64_t count, const void* rows, DType source) = 0;
+  // Where the scales of rows written there go, one a row; null where the format has none or Store is the way.
+  virtual float* DirectScales() { return nullptr; }
+  // Takes `count` whole rows (spec().dim columns in format `source`; `scales`, one a row, where that has them) from `first_row` on,
+  // and keeps this store's columns in its own format. Threads may store disjoint rows at once.
+  virtual void Store(int64_t first_row, int64_t count, const void* rows, DType source, const float* scales) = 0;
+  void Store(int64_t first_row, int64_t count, const void* rows, DType source) { Store(first_row, count, rows, source, nullptr); }
 
   // EmbeddingBag in two halves (contract: embedding_bag.h), so that a store on disk or on the host can work while the caller
   // computes the gate. Start may return before anything was read; the arrays of `args` must stay as they are until Finish,

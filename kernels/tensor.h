@@ -32,10 +32,16 @@ inline BFloat16 ToBFloat16(float value) {
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
-enum class DType : uint8_t { kF32, kBF16, kF16, kI32, kI64 };
+// kI4: two's complement nibbles would waste a code; a nibble holds value + 8 (see row_format.h).
+enum class DType : uint8_t { kF32, kBF16, kF16, kI32, kI64, kI8, kI4 };
 
+// Of one element in bytes. Not for kI4, two of which share a byte: see RowBytes.
 constexpr int64_t SizeOf(DType dtype) {
   switch (dtype) {
+    case DType::kI4:
+      MEMSERVE_CHECK(false);
+    case DType::kI8:
+      return 1;
     case DType::kBF16:
     case DType::kF16:
       return 2;
@@ -58,6 +64,10 @@ constexpr const char* NameOf(DType dtype) {
       return "i32";
     case DType::kI64:
       return "i64";
+    case DType::kI8:
+      return "int8";
+    case DType::kI4:
+      return "int4";
   }
   return "?";
 }

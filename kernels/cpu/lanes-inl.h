@@ -90,6 +90,23 @@ HWY_INLINE Lanes LoadOdd(const BFloat16* from) {
   }
   return out;
 }
+HWY_INLINE Lanes Load(const int8_t* from) {
+  Lanes out;
+  MEMSERVE_PARTS(p) {
+    const auto bytes = hn::LoadU(hn::Rebind<int8_t, FloatTag>(), from + p * kPart);
+    out.part[p] = hn::ConvertTo(FloatTag(), hn::PromoteTo(IntTag(), bytes));
+  }
+  return out;
+}
+// The codes -8 to 7 of the low nibbles (columns 0, 2, … 30 of an int4 row) and of the high ones (1, 3, … 31) of sixteen bytes.
+HWY_INLINE void LoadNibbles(const uint8_t* from, Lanes& even, Lanes& odd) {
+  MEMSERVE_PARTS(p) {
+    const IntVec bytes = hn::PromoteTo(IntTag(), hn::LoadU(hn::Rebind<uint8_t, FloatTag>(), from + p * kPart));
+    const IntVec eight = hn::Set(IntTag(), 8);
+    even.part[p] = hn::ConvertTo(FloatTag(), hn::Sub(hn::And(bytes, hn::Set(IntTag(), 15)), eight));
+    odd.part[p] = hn::ConvertTo(FloatTag(), hn::Sub(hn::ShiftRight<4>(bytes), eight));
+  }
+}
 // Even and odd values back in order, and the other way round: 32 floats.
 HWY_INLINE void StoreEvenOdd(const Lanes& even, const Lanes& odd, float* to) {
   MEMSERVE_PARTS(p) hn::StoreInterleaved2(even.part[p], odd.part[p], FloatTag(), to + 2 * p * kPart);

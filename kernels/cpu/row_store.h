@@ -19,22 +19,23 @@ class HostRowStore final : public RowStore {
   // `context` and `functions` are the back end's and outlive the store.
   static absl::StatusOr<std::unique_ptr<HostRowStore>> New(const RowStoreSpec& spec, Context& context, const Functions& functions);
 
+  using RowStore::Store;
   void* DirectRows() override { return spec().columns() == spec().dim ? memory_.as<void>() : nullptr; }
-  void Store(int64_t first_row, int64_t count, const void* rows, DType source) override;
+  float* DirectScales() override { return HasScales(spec().format) ? scales_.as<float>() : nullptr; }
+  void Store(int64_t first_row, int64_t count, const void* rows, DType source, const float* scales) override;
   Ticket Start(const EmbeddingBagArgs& args) override;
   absl::Status Finish(Ticket ticket) override;
-  int64_t bytes() const override { return memory_.bytes(); }
+  int64_t bytes() const override { return memory_.bytes() + scales_.bytes(); }
   const char* placement() const override { return "host"; }
   bool huge_pages() const override { return memory_.huge_pages(); }
 
-  template <typename T>
-  const T* rows() const {
-    return memory_.as<T>();
-  }
+  int64_t row_bytes() const { return RowBytes(spec().format, spec().columns()); }
+  const char* row(int64_t index) const { return memory_.as<char>() + index * row_bytes(); }
+  const float* scales() const { return scales_.as<float>(); }  // [rows], where the format has them
 
  private:
-  HostRowStore(const RowStoreSpec& spec, HostMemory memory, Context& context, const Functions& functions)
-      : RowStore(spec), memory_(std::move(memory)), context_(context), functions_(functions) {}
+  HostRowStore(const RowStoreSpec& spec, HostMemory memory, HostMemory scales, Context& context, const Functions& functions)
+      : RowStore(spec), memory_(std::move(memory)), scales_(std::move(scales)), context_(context), functions_(functions) {}
 
   struct Pending {
     bool started = false;
@@ -42,6 +43,7 @@ class HostRowStore final : public RowStore {
   };
 
   const HostMemory memory_;
+  const HostMemory scales_;
   Context& context_;
   const Functions& functions_;
   std::vector<Pending> pending_;  // by ticket; places are used again

@@ -13,15 +13,16 @@ const RowOverlay* OverlayOf(const EmbeddingBagArgs& args, int64_t b) {
   return args.overlays[args.overlay_of_bag(b)];
 }
 
-// Column c of a row, from the overlay where that lists the row.
-float Value(const ReferenceRowStore& table, const RowOverlay* overlay, int64_t row, int64_t c) {
+// sum + weight · column c of a row, from the overlay where that lists the row.
+float AddTerm(const ReferenceRowStore& table, const RowOverlay* overlay, int64_t row, float weight, int64_t c, float sum) {
   if (overlay != nullptr) {
     const auto found = std::lower_bound(overlay->rows.begin(), overlay->rows.end(), row);
     if (found != overlay->rows.end() && *found == row) {
-      return overlay->values[(found - overlay->rows.begin()) * table.spec().columns() + c];
+      return std::fma(weight, overlay->values[(found - overlay->rows.begin()) * table.spec().columns() + c], sum);
     }
   }
-  return table.At(row, c);
+  if (HasScales(table.spec().format)) weight *= table.Scale(row);
+  return std::fma(weight, table.At(row, c), sum);
 }
 
 }  // namespace
@@ -41,7 +42,7 @@ void EmbeddingBag(const EmbeddingBagArgs& args) {
       for (int64_t i = 0; i < bag; ++i) {
         const int64_t row = args.rows(b, i);
         MEMSERVE_CHECK(-1 <= row && row < table.spec().rows);
-        if (row >= 0) sum = std::fma(args.weights(b, i), Value(table, overlay, row, c), sum);
+        if (row >= 0) sum = AddTerm(table, overlay, row, args.weights(b, i), c, sum);
       }
       args.out(b, c) = sum;
     }

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string_view>
 #include <unordered_map>
+#include <vector>
 
 #include "absl/status/statusor.h"
 
@@ -57,21 +58,27 @@ class ReferenceWeightMatrix final : public WeightMatrix {
 // Row-major: [rows, columns of the store].
 class ReferenceRowStore final : public RowStore {
  public:
-  ReferenceRowStore(const RowStoreSpec& spec, DeviceBuffer memory) : RowStore(spec), memory_(memory) {}
+  ReferenceRowStore(const RowStoreSpec& spec, DeviceBuffer memory)
+      : RowStore(spec), memory_(memory), scales_(HasScales(spec.format) ? spec.rows : 0) {}
+  using RowStore::Store;
   void* DirectRows() override;
-  void Store(int64_t first_row, int64_t count, const void* rows, DType source) override;
+  float* DirectScales() override { return HasScales(spec().format) ? scales_.data() : nullptr; }
+  void Store(int64_t first_row, int64_t count, const void* rows, DType source, const float* scales) override;
   Ticket Start(const EmbeddingBagArgs& args) override;
   absl::Status Finish(Ticket ticket) override;
-  int64_t bytes() const override { return memory_.bytes(); }
+  int64_t bytes() const override { return memory_.bytes() + static_cast<int64_t>(scales_.size() * sizeof(float)); }
   const char* placement() const override { return "host"; }
 
-  // Column c of this store, column spec().first_column + c of the table.
+  // Column c of this store, column spec().first_column + c of the table, still to be multiplied by the row's scale.
   float At(int64_t row, int64_t c) const {
-    return StoredValues{memory_.address(), spec().format}.Get(row * spec().columns() + c);
+    const char* rows = static_cast<const char*>(memory_.address());
+    return CodeAt(rows + row * RowBytes(spec().format, spec().columns()), spec().format, c);
   }
+  float Scale(int64_t row) const { return scales_.empty() ? 1.0f : scales_[row]; }
 
  private:
   DeviceBuffer memory_;
+  std::vector<float> scales_;
   Ticket next_ticket_ = 0;
   std::unordered_map<Ticket, EmbeddingBagArgs> started_;
 };

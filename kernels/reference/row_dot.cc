@@ -21,7 +21,7 @@ void RowDot(const RowDotArgs& args) {
       for (int64_t c = 0; row >= 0 && c < table.spec().columns(); ++c) {
         sum += double{table.At(row, c)} * args.x(t, table.spec().first_column + c);
       }
-      args.out(t, i) = sum;
+      args.out(t, i) = row < 0 ? 0 : sum * table.Scale(row);
     }
   }
 }

@@ -6,16 +6,10 @@ namespace memserve::kernels::reference {
 
 void* ReferenceRowStore::DirectRows() { return spec().columns() == spec().dim ? memory_.address() : nullptr; }
 
-void ReferenceRowStore::Store(int64_t first_row, int64_t count, const void* rows, DType source) {
+void ReferenceRowStore::Store(int64_t first_row, int64_t count, const void* rows, DType source, const float* scales) {
   MEMSERVE_CHECK(0 <= first_row && 0 <= count && first_row + count <= spec().rows);
-  MEMSERVE_CHECK(source == DType::kF32 || source == DType::kBF16);
-  const StoredValues from{const_cast<void*>(rows), source};
-  const StoredValues to{memory_.address(), spec().format};
-  for (int64_t row = 0; row < count; ++row) {
-    for (int64_t c = 0; c < spec().columns(); ++c) {
-      to.Set((first_row + row) * spec().columns() + c, from.Get(row * spec().dim + spec().first_column + c));
-    }
-  }
+  ConvertRows({rows, source, scales, spec().dim}, count, spec().first_column, spec().end_column, spec().format,
+              static_cast<char*>(memory_.address()) + first_row * RowBytes(spec().format, spec().columns()), scales_.data() + first_row);
 }
 
 RowStore::Ticket ReferenceRowStore::Start(const EmbeddingBagArgs& args) {
@@ -34,10 +28,10 @@ absl::StatusOr<std::unique_ptr<RowStore>> NewRowStore(const RowStoreSpec& spec) 
   MEMSERVE_CHECK(spec.rows >= 0);
   MEMSERVE_CHECK(0 <= spec.first_column && spec.first_column <= spec.end_column &&
                  spec.end_column <= spec.dim);
-  MEMSERVE_CHECK_EQ(spec.first_column * SizeOf(spec.format) % 16, 0);
-  MEMSERVE_CHECK(spec.end_column == spec.dim || spec.end_column * SizeOf(spec.format) % 16 == 0);
-  MEMSERVE_CHECK(spec.format == DType::kF32 || spec.format == DType::kBF16);
-  auto memory = AllocateHost(spec.rows * spec.columns() * SizeOf(spec.format), "value table");
+  MEMSERVE_CHECK(IsRowFormat(spec.format));
+  MEMSERVE_CHECK_EQ(spec.first_column % ColumnsOf16Bytes(spec.format), 0);
+  MEMSERVE_CHECK(spec.end_column == spec.dim || spec.end_column % ColumnsOf16Bytes(spec.format) == 0);
+  auto memory = AllocateHost(spec.rows * RowBytes(spec.format, spec.columns()), "value table");
   if (!memory.ok()) return memory.status();
   return std::make_unique<ReferenceRowStore>(spec, *std::move(memory));
 }

@@ -16,7 +16,7 @@ ABSL_FLAG(bool, json, false, "one JSON object a line");
 ABSL_FLAG(
     int64_t, cold_bytes, int64_t{256} << 20,
     "weights, keys and pages take turns among so many bytes, so that each run finds its own in memory and not in a cache; 0: hot");
-ABSL_FLAG(std::string, format, "bf16", "how weights, keys, pages and rows are held: f32 or bf16");
+ABSL_FLAG(std::string, format, "bf16", "how weights, keys, pages and rows are held: f32 or bf16; rows also int8 or int4");
 
 // 0: the operation's default
 ABSL_FLAG(int64_t, rows, 0, "rows of the value table");
@@ -151,11 +151,18 @@ int64_t ShapeOf(const absl::Flag<int64_t>& flag, int64_t fallback) {
   return value > 0 ? value : fallback;
 }
 
+DType RowFormat() {
+  const std::string format = absl::GetFlag(FLAGS_format);
+  if (format == "int8") return DType::kI8;
+  if (format == "int4") return DType::kI4;
+  return Format();
+}
+
 DType Format() {
   const std::string format = absl::GetFlag(FLAGS_format);
   if (format == "f32") return DType::kF32;
   if (format == "bf16") return DType::kBF16;
-  Fail("--format is '" + format + "'; it must be f32 or bf16");
+  Fail("--format is '" + format + "'; it must be f32 or bf16, of rows also int8 or int4");
 }
 
 }  // namespace memserve::bench

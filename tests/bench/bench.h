@@ -79,7 +79,8 @@ class Bench {
 
 // A shape flag, or the operation's own default where it is 0.
 int64_t ShapeOf(const absl::Flag<int64_t>& flag, int64_t fallback);
-DType Format();  // --format
+DType Format();     // --format
+DType RowFormat();  // the same for rows of a value table, which may be quantised
 
 }  // namespace memserve::bench
 

@@ -27,7 +27,7 @@ class Layer {
         knn_(ShapeOf(FLAGS_knn, 32)),
         dim_(ShapeOf(FLAGS_dim, 1024)),
         half_keys_(bench.NewWeights({.groups = mem_heads_ * 2, .n = n_keys, .k = half_dim_, .dtype = Format(), .activation = Format()})),
-        table_(bench.NewTable({.rows = rows_, .dim = dim_, .end_column = dim_, .format = Format()})),
+        table_(bench.NewTable({.rows = rows_, .dim = dim_, .end_column = dim_, .format = RowFormat()})),
         query_(bench.New<float, 4>({batch, mem_heads_, 2, half_dim_}, bench.Reals(batch * mem_heads_ * 2 * half_dim_))),
         scores_(bench.New<float, 3>({batch, mem_heads_, knn_})),
         weights_(bench.New<float, 3>({batch, mem_heads_, knn_})),

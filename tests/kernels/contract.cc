@@ -91,6 +91,22 @@ std::vector<float> RoundedTo(DType dtype, std::vector<float> values) {
   return values;
 }
 
+StoredRows StoredAs(DType format, const std::vector<float>& values, int64_t dim) {
+  StoredRows stored{RoundedTo(format, values), std::vector<float>(dim == 0 ? 0 : values.size() / dim, 1.0f)};
+  if (format != DType::kI8 && format != DType::kI4) return stored;
+  const float most = format == DType::kI8 ? 127.0f : 7.0f;
+  for (size_t row = 0; row < stored.scales.size(); ++row) {
+    float largest = 0;
+    for (int64_t c = 0; c < dim; ++c) largest = std::max(largest, std::abs(values[row * dim + c]));
+    const float scale = stored.scales[row] = largest / most;
+    for (int64_t c = 0; c < dim; ++c) {
+      float& code = stored.codes[row * dim + c];
+      code = scale == 0 ? 0.0f : static_cast<float>(static_cast<int>(std::nearbyint(values[row * dim + c] / scale)));
+    }
+  }
+  return stored;
+}
+
 std::vector<float> Absolute(std::vector<float> values) {
   for (float& value : values) value = std::abs(value);
   return values;

@@ -29,6 +29,15 @@ std::vector<BackendCase> AllBackends();
 // With one and two threads, and pinned to each instruction set that runs here.
 std::vector<BackendCase> CpuBackends();
 
+inline constexpr DType kRowFormats[] = {DType::kF32, DType::kBF16, DType::kI8, DType::kI4};
+
+// What a table of `dim` columns holds of these values: value = scale of the row · code. Written from row_format.h, apart from its code.
+struct StoredRows {
+  std::vector<float> codes;   // [rows, dim]
+  std::vector<float> scales;  // [rows]
+};
+StoredRows StoredAs(DType format, const std::vector<float>& values, int64_t dim);
+
 // A test that every back end must pass.
 class ContractTest : public testing::TestWithParam<BackendCase> {
  protected:

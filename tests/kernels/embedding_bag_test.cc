@@ -33,15 +33,14 @@ std::vector<float> SumBags(Backend& backend, RowStore& table, const Bags& bags) 
 }
 
 // One fma chain per output, over a table of `dim` columns.
-std::vector<float> Expected(const std::vector<float>& table, int64_t dim, const Bags& bags) {
+std::vector<float> Expected(const StoredRows& table, int64_t dim, const Bags& bags) {
   std::vector<float> out(bags.num_bags * dim);
   for (int64_t b = 0; b < bags.num_bags; ++b) {
     for (int64_t i = 0; i < bags.bag; ++i) {
       const int64_t row = bags.rows[b * bags.bag + i];
       if (row < 0) continue;
-      for (int64_t c = 0; c < dim; ++c) {
-        out[b * dim + c] = std::fma(bags.weights[b * bags.bag + i], table[row * dim + c], out[b * dim + c]);
-      }
+      const float weight = bags.weights[b * bags.bag + i] * table.scales[row];
+      for (int64_t c = 0; c < dim; ++c) out[b * dim + c] = std::fma(weight, table.codes[row * dim + c], out[b * dim + c]);
     }
   }
   return out;
@@ -81,10 +80,11 @@ TEST_P(EmbeddingBagTest, AddsInTheOrderOfTheBag) {
 
 TEST_P(EmbeddingBagTest, IsOneChainOfFusedMultiplyAddsAtEveryShape) {
   constexpr int64_t kRows = 50;
-  for (DType format : {DType::kF32, DType::kBF16}) {
+  for (DType format : kRowFormats) {
     for (int64_t dim : {1, 3, 8, 15, 16, 17, 20, 64, 100, 256, 1000, 2056}) {
-      const std::vector<float> values = RoundedTo(format, Reals(1, kRows * dim));
+      const std::vector<float> values = Reals(1, kRows * dim);
       const auto table = NewTable(backend(), Whole(kRows, dim, format), values);
+      const StoredRows stored = StoredAs(format, values, dim);
       for (int64_t num_bags : {0, 1, 2, 3, 17}) {
         for (int64_t bag : {0, 1, 2, 7, 33, 128}) {
           if (dim * num_bags * bag > 300'000) continue;
@@ -93,7 +93,7 @@ TEST_P(EmbeddingBagTest, IsOneChainOfFusedMultiplyAddsAtEveryShape) {
                     .rows = Indices(2, num_bags * bag, -1, kRows - 1),
                     .weights = Reals(3, num_bags * bag)};
           if (!bags.rows.empty()) bags.rows.back() = kRows - 1;
-          EXPECT_TRUE(SameBits(SumBags(backend(), *table, bags), Expected(values, dim, bags), {num_bags, dim}))
+          EXPECT_TRUE(SameBits(SumBags(backend(), *table, bags), Expected(stored, dim, bags), {num_bags, dim}))
               << NameOf(format) << ", dim " << dim << ", bags " << num_bags << " of " << bag;
         }
       }
@@ -103,15 +103,16 @@ TEST_P(EmbeddingBagTest, IsOneChainOfFusedMultiplyAddsAtEveryShape) {
 
 TEST_P(EmbeddingBagTest, GivesTheSameBitsForEverySplitOfTheColumns) {
   constexpr int64_t kRows = 20, kDim = 100, kBag = 9, kNumBags = 5;
-  for (DType format : {DType::kF32, DType::kBF16}) {
+  for (DType format : kRowFormats) {
     const std::vector<float> values = Reals(1, kRows * kDim);
     const Bags bags{.num_bags = kNumBags,
                     .bag = kBag,
                     .rows = Indices(2, kNumBags * kBag, -1, kRows - 1),
                     .weights = Reals(3, kNumBags * kBag)};
     const std::vector<float> whole = SumBags(backend(), *NewTable(backend(), Whole(kRows, kDim, format), values), bags);
-    for (int64_t split : {8, 16, 48, 96}) {
-      for (auto [first, end] : {std::pair<int64_t, int64_t>{0, split}, {split, kDim}, {split - 8, split}}) {
+    const int64_t unit = ColumnsOf16Bytes(format);
+    for (int64_t split = unit; split < kDim; split += unit) {
+      for (auto [first, end] : {std::pair<int64_t, int64_t>{0, split}, {split, kDim}, {split - unit, split}}) {
         const auto part =
             NewTable(backend(), {.rows = kRows, .dim = kDim, .first_column = first, .end_column = end, .format = format}, values);
         std::vector<float> expected;
@@ -126,8 +127,8 @@ TEST_P(EmbeddingBagTest, GivesTheSameBitsForEverySplitOfTheColumns) {
 
 TEST_P(EmbeddingBagTest, TakesRowsFromTheOverlayOfTheirBagInTheOrderOfTheBag) {
   constexpr int64_t kRows = 12, kDim = 20, kBag = 6;
-  for (DType format : {DType::kF32, DType::kBF16}) {
-    const std::vector<float> values = RoundedTo(format, Reals(1, kRows * kDim));
+  for (DType format : kRowFormats) {
+    const std::vector<float> values = Reals(1, kRows * kDim);
     const auto table = NewTable(backend(), Whole(kRows, kDim, format), values);
     const RowOverlay first{{0, 5, 11}, Reals(2, 3 * kDim)}, second{{3}, Reals(3, kDim)}, empty;
     Bags bags{.num_bags = 5, .bag = kBag, .weights = Reals(4, 5 * kBag)};
@@ -135,14 +136,15 @@ TEST_P(EmbeddingBagTest, TakesRowsFromTheOverlayOfTheirBagInTheOrderOfTheBag) {
     bags.overlay_of_bag = {0, -1, 1, 2, 0};
     bags.overlays = {&first, &second, &empty};
 
-    // Overlay values are float32, also over a bf16 table.
+    // Overlay values are float32, whatever the table's format.
     std::vector<float> expected;
     for (int b = 0; b < 5; ++b) {
-      std::vector<float> replaced = values;
+      StoredRows replaced = StoredAs(format, values, kDim);
       if (bags.overlay_of_bag[b] >= 0) {
         const RowOverlay& overlay = *bags.overlays[bags.overlay_of_bag[b]];
         for (size_t i = 0; i < overlay.rows.size(); ++i) {
-          std::copy_n(overlay.values.begin() + i * kDim, kDim, replaced.begin() + overlay.rows[i] * kDim);
+          std::copy_n(overlay.values.begin() + i * kDim, kDim, replaced.codes.begin() + overlay.rows[i] * kDim);
+          replaced.scales[overlay.rows[i]] = 1;
         }
       }
       const Bags one{.num_bags = 1,
@@ -175,8 +177,8 @@ TEST_P(EmbeddingBagTest, LetsSeveralTicketsRunAtOnceAndEndInAnyOrder) {
   EXPECT_TRUE(table->Finish(a).ok());
   const Bags bags_a{.num_bags = 1, .bag = 2, .rows = {1, 2}, .weights = {1, 1}};
   const Bags bags_b{.num_bags = 2, .bag = 1, .rows = {9, 0}, .weights = {1, 2}};
-  EXPECT_TRUE(SameBits(out_a.Read(), Expected(values, 8, bags_a), {1, 8}));
-  EXPECT_TRUE(SameBits(out_b.Read(), Expected(values, 8, bags_b), {2, 8}));
+  EXPECT_TRUE(SameBits(out_a.Read(), Expected(StoredAs(DType::kF32, values, 8), 8, bags_a), {1, 8}));
+  EXPECT_TRUE(SameBits(out_b.Read(), Expected(StoredAs(DType::kF32, values, 8), 8, bags_b), {2, 8}));
 }
 
 }  // namespace

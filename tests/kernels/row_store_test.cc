@@ -65,7 +65,73 @@ TEST_P(RowStoreTest, LetsTheLoaderWriteWholeRowsWhereItSaysSo) {
   EXPECT_EQ(part->DirectRows(), nullptr);
 }
 
+TEST_P(RowStoreTest, QuantisesEachRowByItsLargestMagnitudeRoundingToNearestEven) {
+  //                             int8: scale 2, ties to even         int4 of the same: scale 254/7, columns odd in number
+  const std::vector<float> values = {254, -254, 3, 5, -3, 1, 0,      0, 0, 0, 0, 0, 0, 0,      7, -7, 0.5, 1.5, 2.5, -1.5, 6.4f};
+  const auto int8 = NewTable(backend(), {.rows = 3, .dim = 7, .end_column = 7, .format = DType::kI8}, values);
+  EXPECT_EQ(Row(*int8, 0), (std::vector<float>{254, -254, 4, 4, -4, 0, 0}));
+  EXPECT_EQ(Row(*int8, 1), std::vector<float>(7, 0.0f));
+  const auto int4 = NewTable(backend(), {.rows = 3, .dim = 7, .end_column = 7, .format = DType::kI4}, values);
+  EXPECT_EQ(Row(*int4, 1), std::vector<float>(7, 0.0f));
+  EXPECT_EQ(Row(*int4, 2), (std::vector<float>{7, -7, 0, 2, 2, -2, 6}));
+}
+
+TEST_P(RowStoreTest, TakesQuantisedRowsWithTheirScalesAndGivesTheirValuesInEveryFormat) {
+  constexpr int64_t kRows = 5, kDim = 67;
+  for (DType source : {DType::kI8, DType::kI4}) {
+    const StoredRows stored = StoredAs(source, Reals(1, kRows * kDim), kDim);
+    std::vector<uint8_t> bytes;
+    for (int64_t row = 0; row < kRows; ++row) {
+      for (int64_t c = 0; c < kDim; ++c) {
+        const int code = static_cast<int>(stored.codes[row * kDim + c]);
+        if (source == DType::kI8) bytes.push_back(static_cast<uint8_t>(code));
+        else if (c % 2 == 0) bytes.push_back(static_cast<uint8_t>(code + 8));
+        else bytes.back() |= static_cast<uint8_t>((code + 8) << 4);
+      }
+    }
+    const int64_t row_bytes = RowBytes(source, kDim);
+    std::vector<float> values;
+    for (int64_t i = 0; i < kRows * kDim; ++i) values.push_back(stored.scales[i / kDim] * stored.codes[i]);
+    for (DType format : kRowFormats) {
+      const auto table = *backend().NewRowStore({.rows = kRows, .dim = kDim, .end_column = kDim, .format = format});
+      table->Store(2, 3, bytes.data() + 2 * row_bytes, source, stored.scales.data() + 2);
+      table->Store(0, 2, bytes.data(), source, stored.scales.data());
+      const StoredRows expected = format == source ? stored : StoredAs(format, values, kDim);
+      for (int32_t row = 0; row < kRows; ++row) {
+        std::vector<float> of_row;
+        for (int64_t c = 0; c < kDim; ++c) of_row.push_back(expected.scales[row] * expected.codes[row * kDim + c]);
+        EXPECT_TRUE(SameBits(Row(*table, row), of_row, {kDim})) << NameOf(source) << " to " << NameOf(format) << ", row " << row;
+      }
+    }
+  }
+}
+
+TEST_P(RowStoreTest, QuantisesByTheWholeRowWhereItKeepsAPartOfTheColumns) {
+  std::vector<float> values = Reals(1, 3 * 96);
+  values[0] = 100;  // the largest of row 0 lies outside the part
+  for (DType format : {DType::kI8, DType::kI4}) {
+    const auto whole = NewTable(backend(), {.rows = 3, .dim = 96, .end_column = 96, .format = format}, values);
+    const auto part = NewTable(backend(), {.rows = 3, .dim = 96, .first_column = 32, .end_column = 64, .format = format}, values);
+    for (int32_t row = 0; row < 3; ++row) {
+      const std::vector<float> all = Row(*whole, row);
+      EXPECT_TRUE(SameBits(Row(*part, row), {all.begin() + 32, all.begin() + 64}, {32})) << NameOf(format);
+    }
+  }
+}
+
+TEST_P(RowStoreTest, LetsTheLoaderWriteCodesAndScalesWhereItSaysSo) {
+  const auto table = *backend().NewRowStore({.rows = 2, .dim = 16, .end_column = 16, .format = DType::kI8});
+  if (table->DirectRows() == nullptr) GTEST_SKIP() << "not this back end";
+  std::memset(table->DirectRows(), 3, 32);
+  table->DirectScales()[1] = 0.5f;
+  EXPECT_EQ(Row(*table, 1), std::vector<float>(16, 1.5f));
+  EXPECT_EQ((*backend().NewRowStore({.rows = 2, .dim = 16, .end_column = 16}))->DirectScales(), nullptr);
+}
+
 TEST_P(RowStoreTest, SaysWhatItHolds) {
+  const auto quantised = *backend().NewRowStore({.rows = 1000, .dim = 33, .end_column = 33, .format = DType::kI4});
+  EXPECT_EQ(quantised->bytes(), 1000 * (17 + 4));
+
   const auto table = *backend().NewRowStore({.rows = 100'000, .dim = 24, .first_column = 8, .end_column = 24, .format = DType::kBF16});
   EXPECT_GE(table->bytes(), 100'000 * 16 * 2);
   EXPECT_LE(table->bytes(), 100'000 * 64 + (4 << 20));  // rows padded to a cache line, memory to huge pages
