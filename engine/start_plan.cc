@@ -24,6 +24,14 @@ absl::StatusOr<DType> ParseType(const char* option, const std::string& text, DTy
   return absl::InvalidArgumentError(absl::StrCat(option, ": '", text, "' is not one of auto, f32, bf16"));
 }
 
+absl::StatusOr<DType> ParseTableType(const std::string& text, DType fallback) {
+  if (text == "int8") return DType::kI8;
+  if (text == "int4") return DType::kI4;
+  absl::StatusOr<DType> type = ParseType("table_dtype", text, fallback);
+  if (type.ok()) return type;
+  return absl::InvalidArgumentError(absl::StrCat(type.status().message(), ", int8, int4"));
+}
+
 // The type of the first of these tensors that exists.
 DType StoredType(const Checkpoint& checkpoint, const std::vector<std::string>& names, DType fallback) {
   for (const std::string& name : names) {
@@ -34,11 +42,15 @@ DType StoredType(const Checkpoint& checkpoint, const std::vector<std::string>& n
 }
 
 DType StoredTableType(const ModelConfig& config, const Checkpoint& checkpoint, DType fallback) {
-  std::vector<std::string> names;
   for (int layer : config.memory.layers) {
-    for (const char* part : {"values", "values_u"}) names.push_back(absl::StrCat("layers.", layer, ".feed_forward.", part, ".weight"));
+    for (const char* part : {"values", "values_u"}) {
+      const TensorInfo* tensor = checkpoint.Find(absl::StrCat("layers.", layer, ".feed_forward.", part, ".weight"));
+      if (tensor == nullptr) continue;
+      if (tensor->dtype == DType::kU8) return DType::kI4;
+      return kernels::IsRowFormat(tensor->dtype) ? tensor->dtype : fallback;
+    }
   }
-  return StoredType(checkpoint, names, fallback);
+  return fallback;
 }
 
 absl::StatusOr<RankOptions> ResolveTypes(const EngineOptions& options, const ModelConfig& config, const Checkpoint& checkpoint) {
@@ -46,7 +58,7 @@ absl::StatusOr<RankOptions> ResolveTypes(const EngineOptions& options, const Mod
   const DType stored = StoredType(checkpoint, {"layers.0.attention.wq.weight"}, DType::kF32);
   LOAD_OR_RETURN(rank.types.weight, ParseType("weight_dtype", options.weight_dtype, stored));
   LOAD_OR_RETURN(rank.types.activation, ParseType("activation_dtype", options.activation_dtype, rank.types.weight));
-  LOAD_OR_RETURN(rank.types.table, ParseType("table_dtype", options.table_dtype, StoredTableType(config, checkpoint, rank.types.weight)));
+  LOAD_OR_RETURN(rank.types.table, ParseTableType(options.table_dtype, StoredTableType(config, checkpoint, rank.types.weight)));
   LOAD_OR_RETURN(rank.kv_dtype, ParseType("kv_dtype", options.kv_dtype, rank.types.activation));
   if (rank.types.activation == DType::kBF16 && rank.types.weight == DType::kF32) {
     return absl::InvalidArgumentError("activation_dtype: bf16 needs weight_dtype bf16");

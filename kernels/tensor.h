@@ -33,7 +33,7 @@ inline BFloat16 ToBFloat16(float value) {
 }
 
 // kI4: two's complement nibbles would waste a code; a nibble holds value + 8 (see row_format.h).
-enum class DType : uint8_t { kF32, kBF16, kF16, kI32, kI64, kI8, kI4 };
+enum class DType : uint8_t { kF32, kBF16, kF16, kI32, kI64, kI8, kU8, kI4 };
 
 // Of one element in bytes. Not for kI4, two of which share a byte: see RowBytes.
 constexpr int64_t SizeOf(DType dtype) {
@@ -41,6 +41,7 @@ constexpr int64_t SizeOf(DType dtype) {
     case DType::kI4:
       MEMSERVE_CHECK(false);
     case DType::kI8:
+    case DType::kU8:
       return 1;
     case DType::kBF16:
     case DType::kF16:
@@ -66,6 +67,8 @@ constexpr const char* NameOf(DType dtype) {
       return "i64";
     case DType::kI8:
       return "int8";
+    case DType::kU8:
+      return "u8";
     case DType::kI4:
       return "int4";
   }

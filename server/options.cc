@@ -33,7 +33,7 @@ ABSL_FLAG(int, threads, kEngine.threads, "threads of all ranks together; 0: one 
 ABSL_FLAG(std::string, isa, kEngine.isa, "instruction set to pin, by the name that GetModel gives; auto: the best there is");
 ABSL_FLAG(std::string, weight_dtype, kEngine.weight_dtype, "f32, bf16; auto: as the checkpoint holds them");
 ABSL_FLAG(std::string, activation_dtype, kEngine.activation_dtype, "f32, bf16; auto: as the weights");
-ABSL_FLAG(std::string, table_dtype, kEngine.table_dtype, "of value tables: f32, bf16; auto: as the checkpoint holds them");
+ABSL_FLAG(std::string, table_dtype, kEngine.table_dtype, "of value tables: f32, bf16, int8, int4; auto: as the checkpoint holds them");
 ABSL_FLAG(std::string, kv_dtype, kEngine.kv_dtype,
           "of cached keys and values: f32, bf16; auto: f32 with f32 activations, else bf16");
 ABSL_FLAG(int64_t, kv_cache_bytes, kEngine.kv_cache_bytes,

@@ -34,6 +34,8 @@ std::string Quoted(const std::string& name) { return absl::StrCat("'", name.subs
 bool ParseDType(const std::string& text, kernels::DType* dtype) {
   static const std::map<std::string, kernels::DType> kKnown = {{"F32", kernels::DType::kF32},
                                                                {"BF16", kernels::DType::kBF16},
+                                                               {"I8", kernels::DType::kI8},
+                                                               {"U8", kernels::DType::kU8},
                                                                {"F16", kernels::DType::kF16},
                                                                {"I32", kernels::DType::kI32},
                                                                {"I64", kernels::DType::kI64}};
@@ -69,7 +71,7 @@ absl::Status ParseTensor(const std::string& path, const std::string& name, const
   }
   tensor->name = name;
   if (!ParseDType(entry["dtype"].get<std::string>(), &tensor->dtype)) {
-    return Bad(path, absl::StrCat(where, " is ", entry["dtype"].get<std::string>().substr(0, 40), "; known are F32, BF16, F16, I32, I64"));
+    return Bad(path, absl::StrCat(where, " is ", entry["dtype"].get<std::string>().substr(0, 40), "; known are F32, BF16, F16, I8, U8, I32, I64"));
   }
   if (entry["shape"].size() > kMaxRank) return Bad(path, absl::StrCat(where, " has more than ", kMaxRank, " dimensions"));
   int64_t expected = kernels::SizeOf(tensor->dtype);

@@ -28,7 +28,7 @@ struct Shard {
   Range FeedForward(const ModelConfig& config) const { return PartOf(config.ffn_dim, 16, rank, ranks); }
   Range Vocabulary(const ModelConfig& config) const { return PartOf(config.vocab_size, 16, rank, ranks); }
   // Columns in groups of 16 bytes, so that a row's share can be read in whole vectors.
-  Range TableColumns(int64_t dim, kernels::DType format) const { return PartOf(dim, 16 / kernels::SizeOf(format), rank, ranks); }
+  Range TableColumns(int64_t dim, kernels::DType format) const { return PartOf(dim, kernels::ColumnsOf16Bytes(format), rank, ranks); }
   std::vector<int64_t> TableWidths(int64_t dim, kernels::DType format) const {
     std::vector<int64_t> widths;
     for (int r = 0; r < ranks; ++r) widths.push_back(Shard{r, ranks}.TableColumns(dim, format).size());

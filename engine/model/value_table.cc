@@ -10,6 +10,8 @@ namespace memserve::engine {
 namespace {
 
 std::string TensorName(int layer, const std::string& part) { return absl::StrCat("layers.", layer, ".feed_forward.", part, ".weight"); }
+// Of the rows' scales, where they are quantised.
+std::string ScaleName(int layer, const std::string& part) { return absl::StrCat("layers.", layer, ".feed_forward.", part, ".scale"); }
 
 // Where the table of `layers` is listed first; the first layer's name if nowhere (and then loading says that it is missing).
 int OwnerOf(const std::vector<int>& layers, const std::string& part, const WeightLoader& loader) {
@@ -43,7 +45,7 @@ absl::StatusOr<std::shared_ptr<kernels::RowStore>> LoadPart(const std::string& p
   const int owner = OwnerOf(table.layers, part, loader);
   const std::string name = TensorName(owner, part);
   std::shared_ptr<kernels::RowStore> store;
-  LOAD_OR_RETURN(store, loader.LoadRows(name, table.rows, table.dim, table.columns));
+  LOAD_OR_RETURN(store, loader.LoadRows(name, ScaleName(owner, part), table.rows, table.dim, table.columns));
   if (table.tensor.empty()) table.tensor = name;
   for (int layer : table.layers) {
     const std::string copy = TensorName(layer, part);
@@ -52,6 +54,7 @@ absl::StatusOr<std::shared_ptr<kernels::RowStore>> LoadPart(const std::string& p
       if (absl::Status s = CheckCopy(checkpoint, name, copy); !s.ok()) return s;
     }
     loader.Ignore(copy);
+    loader.Ignore(ScaleName(layer, part));
   }
   return store;
 }
@@ -67,7 +70,7 @@ absl::StatusOr<std::unique_ptr<ValueTable>> LoadTable(std::vector<int> layers, c
   if (*std::min_element(table->widths.begin(), table->widths.end()) == 0) {
     return absl::InvalidArgumentError(absl::StrCat("devices: ", shard.ranks, " were given; the value table is ", table->dim,
                                                    " wide and can be split over at most ",
-                                                   (table->dim * kernels::SizeOf(loader.types().table) + 15) / 16));
+                                                   (kernels::RowBytes(loader.types().table, table->dim) + 15) / 16));
   }
   if (config.memory.peer_variant) {
     LOAD_OR_RETURN(table->values_u, LoadPart("values_u", config, *table, checkpoint, loader));

@@ -21,6 +21,9 @@ int64_t RowsPerJob(int64_t row_bytes) {
   return std::max<int64_t>(1, kJobBytes / std::max<int64_t>(1, row_bytes) / unit) * unit;
 }
 
+// What rows of a tensor of this type are: bytes hold two codes of int4 each.
+DType RowFormatOf(DType tensor) { return tensor == DType::kU8 ? DType::kI4 : tensor; }
+
 }  // namespace
 
 Range PartOf(int64_t total, int64_t unit, int index, int parts) {
@@ -96,42 +99,79 @@ absl::StatusOr<Vector> WeightLoader::LoadVector(const std::string& name, int64_t
   return vector;
 }
 
-absl::StatusOr<std::shared_ptr<kernels::RowStore>> WeightLoader::LoadRows(const std::string& name, int64_t rows, int64_t dim,
-                                                                          Range columns) {
-  absl::StatusOr<const TensorInfo*> tensor = Expect(name, {rows, dim});
+absl::StatusOr<const TensorInfo*> WeightLoader::ExpectRows(const std::string& name, int64_t rows, int64_t dim) {
+  const TensorInfo* tensor = checkpoint_.Find(name);
+  if (tensor == nullptr || (tensor->dtype != DType::kI8 && tensor->dtype != DType::kU8)) return Expect(name, {rows, dim});
+  const int64_t columns = kernels::RowBytes(RowFormatOf(tensor->dtype), dim);
+  if (tensor->shape != std::vector<int64_t>{rows, columns}) {
+    return absl::InvalidArgumentError(absl::StrCat(checkpoint_.folder(), ": tensor '", name, "' is ", Describe(*tensor),
+                                                   "; config.json asks for [", rows, ", ", dim, "], in ",
+                                                   kernels::NameOf(RowFormatOf(tensor->dtype)), " [", rows, ", ", columns, "]"));
+  }
+  used_.insert(name);
+  return tensor;
+}
+
+absl::StatusOr<std::shared_ptr<kernels::RowStore>> WeightLoader::LoadRows(const std::string& name, const std::string& scales,
+                                                                          int64_t rows, int64_t dim, Range columns) {
+  absl::StatusOr<const TensorInfo*> tensor = ExpectRows(name, rows, dim);
   if (!tensor.ok()) return tensor.status();
-  table_bytes_ += rows * columns.size() * kernels::SizeOf(types_.table);
+  const DType format = RowFormatOf((*tensor)->dtype);
+  const TensorInfo* scale_tensor = nullptr;
+  if (kernels::HasScales(format)) {
+    absl::StatusOr<const TensorInfo*> found = Expect(scales, {rows});
+    if (!found.ok()) return found.status();
+    scale_tensor = *found;
+    if (scale_tensor->dtype != DType::kF32) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(checkpoint_.folder(), ": tensor '", scales, "' is ", Describe(*scale_tensor), "; scales of rows are f32"));
+    }
+  }
+  table_bytes_ += rows * (kernels::RowBytes(types_.table, columns.size()) + (kernels::HasScales(types_.table) ? 4 : 0));
   if (planning()) return std::shared_ptr<kernels::RowStore>();
   absl::StatusOr<std::unique_ptr<kernels::RowStore>> store = backend_->NewRowStore(
       {.rows = rows, .dim = dim, .first_column = columns.begin, .end_column = columns.end, .format = types_.table});
   if (!store.ok()) return store.status();
-  const int64_t step = RowsPerJob(dim * kernels::SizeOf((*tensor)->dtype));
+  const int64_t step = RowsPerJob(kernels::RowBytes(format, dim));
   for (int64_t row = 0; row < rows; row += step) {
     jobs_.push_back({.tensor = *tensor,
                      .first_row = row,
                      .row_count = std::min(step, rows - row),
                      .row_values = dim,
-                     .rows = store->get()});
+                     .rows = store->get(),
+                     .scales = scale_tensor});
   }
   return std::shared_ptr<kernels::RowStore>(*std::move(store));
 }
 
+absl::Status WeightLoader::RunRows(const Job& job, std::vector<char>& staging) const {
+  const DType format = RowFormatOf(job.tensor->dtype);
+  const int64_t row_bytes = kernels::RowBytes(format, job.row_values);
+  const int64_t begin = job.first_row * row_bytes, bytes = job.row_count * row_bytes;
+  const int64_t scale_bytes = job.scales == nullptr ? 0 : job.row_count * static_cast<int64_t>(sizeof(float));
+  const bool direct = job.rows->DirectRows() != nullptr && job.rows->spec().format == format;
+  if (!direct) staging.resize(std::max<size_t>(staging.size(), bytes + scale_bytes));
+  // Scales first: they stay aligned.
+  float* scales = direct ? job.rows->DirectScales() + (job.scales == nullptr ? 0 : job.first_row) : reinterpret_cast<float*>(staging.data());
+  if (job.scales != nullptr) {
+    const int64_t first = job.first_row * static_cast<int64_t>(sizeof(float));
+    if (absl::Status s = checkpoint_.Read(*job.scales, first, scale_bytes, scales); !s.ok()) return s;
+  }
+  void* rows = direct ? static_cast<char*>(job.rows->DirectRows()) + begin : staging.data() + scale_bytes;
+  if (absl::Status s = checkpoint_.Read(*job.tensor, begin, bytes, rows); !s.ok()) return s;
+  if (!direct) job.rows->Store(job.first_row, job.row_count, rows, format, scales);
+  return absl::OkStatus();
+}
+
 absl::Status WeightLoader::RunJob(const Job& job, std::vector<char>& staging) const {
+  if (job.rows != nullptr) return RunRows(job, staging);
   const DType dtype = job.tensor->dtype;
   const int64_t row_bytes = job.row_values * kernels::SizeOf(dtype);
-  const int64_t begin = job.first_row * row_bytes;
   const int64_t bytes = job.row_count * row_bytes;
-  if (job.rows != nullptr && job.rows->DirectRows() != nullptr && job.rows->spec().format == dtype) {
-    return checkpoint_.Read(*job.tensor, begin, bytes, static_cast<char*>(job.rows->DirectRows()) + begin);
-  }
   staging.resize(std::max<size_t>(staging.size(), bytes));
-  if (absl::Status s = checkpoint_.Read(*job.tensor, begin, bytes, staging.data()); !s.ok()) return s;
-  if (job.rows != nullptr) {
-    job.rows->Store(job.first_row, job.row_count, staging.data(), dtype);
-  } else {
-    job.matrix->Store(job.group, job.matrix_row, job.row_count, staging.data() + job.columns.begin * kernels::SizeOf(dtype), dtype,
-                      job.row_values);
-  }
+  if (absl::Status s = checkpoint_.Read(*job.tensor, job.first_row * row_bytes, bytes, staging.data()); !s.ok()) return s;
+  job.matrix->Store(job.group, job.matrix_row, job.row_count, staging.data() + job.columns.begin * kernels::SizeOf(dtype), dtype,
+                    job.row_values);
   return absl::OkStatus();
 }
 

@@ -62,8 +62,10 @@ class WeightLoader {
   // Elements `range` of the tensor [n].
   absl::StatusOr<Vector> LoadVector(const std::string& name, int64_t n, Range range);
 
-  // Columns `columns` of all rows of a value table [rows, dim]. Null while planning.
-  absl::StatusOr<std::shared_ptr<kernels::RowStore>> LoadRows(const std::string& name, int64_t rows, int64_t dim, Range columns);
+  // Columns `columns` of all rows of a value table: [rows, dim] in f32, bf16 or I8, or [rows, ⌈dim / 2⌉] in U8, which holds int4 (see
+  // kernels/row_format.h); the last two come with `scales` [rows], f32. Null while planning.
+  absl::StatusOr<std::shared_ptr<kernels::RowStore>> LoadRows(const std::string& name, const std::string& scales, int64_t rows,
+                                                              int64_t dim, Range columns);
 
   // Marks a tensor as known and not needed.
   void Ignore(const std::string& name) { used_.insert(name); }
@@ -87,11 +89,14 @@ class WeightLoader {
     int64_t group = 0;
     int64_t matrix_row = 0;
     Range columns;
-    kernels::RowStore* rows = nullptr;        // or this
+    kernels::RowStore* rows = nullptr;        // or this,
+    const TensorInfo* scales = nullptr;       //   with these where its rows are quantised
   };
 
   absl::StatusOr<const TensorInfo*> Expect(const std::string& name, const std::vector<int64_t>& shape);
+  absl::StatusOr<const TensorInfo*> ExpectRows(const std::string& name, int64_t rows, int64_t dim);
   absl::Status RunJob(const Job& job, std::vector<char>& staging) const;
+  absl::Status RunRows(const Job& job, std::vector<char>& staging) const;
 
   const Checkpoint& checkpoint_;
   const WeightTypes types_;
