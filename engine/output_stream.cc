@@ -52,7 +52,8 @@ void OutputStream::OnEnd(const EngineEnd& end) {
       finished.stop_token_id = end.stop_token_id;
     }
   }
-  finished.usage = {.prompt_tokens = options_.prompt_tokens, .completion_tokens = completion_tokens_};
+  finished.usage = {
+      .prompt_tokens = options_.prompt_tokens, .cached_tokens = end.cached_tokens, .completion_tokens = completion_tokens_};
   finished.timings = end.timings;
   finished.seed = options_.seed;
   listener_->OnFinished(std::move(finished));

@@ -19,6 +19,7 @@ struct EngineEnd {
   absl::Status status;  // not OK: an error, and the rest is meaningless
   FinishReason reason = FinishReason::kLength;
   std::optional<int32_t> stop_token_id;
+  int32_t cached_tokens = 0;
   Timings timings;
 };
 
