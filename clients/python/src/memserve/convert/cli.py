@@ -12,6 +12,7 @@ from typing import List, Optional
 from memserve import __version__
 from memserve.convert import detect, writer
 from memserve.convert.errors import ConvertError
+from memserve.convert.families import native
 from memserve.convert.progress import Progress, size_text
 
 DESCRIPTION = """\
@@ -61,8 +62,9 @@ def parser() -> argparse.ArgumentParser:
 def convert(source: Path, dest: Path, options: writer.Options, tokenizer: Optional[Path] = None) -> writer.Report:
     began = time.monotonic()
     model = detect.open_model(source, tokenizer)
-    resolved = dest.resolve()
-    if model.source.folder.resolve() in (resolved, *resolved.parents) and resolved == model.source.folder.resolve():
+    if options.table_dtype != "keep":
+        native.widen(model)
+    if dest.resolve() == model.source.folder.resolve():
         raise ConvertError(f"{dest} is the source itself; give another folder")
     outputs = writer.plan(model, options)
     total = sum(output.source.nbytes for output in outputs)

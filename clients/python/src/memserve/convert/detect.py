@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Optional
 
 from memserve.convert.errors import ConvertError
-from memserve.convert.families import gguf, native, original
+from memserve.convert.families import gguf, huggingface, native, original, peer, sparse_memory_lm
 from memserve.convert.files import Source
 from memserve.convert.model import Model
 
@@ -25,13 +25,23 @@ def open_model(path: Path, tokenizer: Optional[Path] = None) -> Model:
     if source.has("consolidated/params.json"):
         return open_model(path / "consolidated", tokenizer)
     if source.has("config.json"):
-        model_type = source.json("config.json").get("model_type")
-        if model_type == "memory_llama":
+        config = source.json("config.json")
+        if config.get("model_type") == "memory_llama":
             return native.read(source, tokenizer)
-    raise ConvertError(f"{path} is no checkpoint that is known here; see memserve-convert --help for what is")
+        return peer.read(source, tokenizer) if peer.recognises(config) else huggingface.read(source, tokenizer)
+    weights = sparse_memory_lm.recognises(source)
+    if weights is not None:
+        return sparse_memory_lm.read(source, weights, tokenizer)
+    raise _unknown(path)
+
+
+def _unknown(path: Path) -> ConvertError:
+    return ConvertError(f"{path} is no checkpoint that is known here; memserve-convert --help says what is")
 
 
 def _file(path: Path, tokenizer: Optional[Path]) -> Model:
     if path.suffix == ".gguf":
         return gguf.read(path, tokenizer)
-    raise ConvertError(f"{path} is no checkpoint that is known here; see memserve-convert --help for what is")
+    if path.suffix == ".pt":
+        return sparse_memory_lm.read(Source(path.parent), path.name, tokenizer)
+    raise _unknown(path)

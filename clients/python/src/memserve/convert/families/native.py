@@ -17,7 +17,7 @@ def read(source: Source, tokenizer: Optional[Path]) -> Model:
     where = str(source.folder / "config.json")
     config = dict(source.json("config.json"))
     model = Model("memserve folder", source, config, safetensors.read_folder(source))
-    _widen_tables(model, where)
+    _mark_quantised(model, where)
     shapes.check(model, where)
     model.files.update(tokenizers.beside(source))
     if tokenizer is not None:
@@ -26,10 +26,9 @@ def read(source: Source, tokenizer: Optional[Path]) -> Model:
     return model
 
 
-def _widen_tables(model: Model, where: str) -> None:
-    """Quantised tables are kept as they are; see `requantised` for other wishes."""
-    _, tables, _ = shapes.expected(model.config, where)
-    wanted, _, _ = shapes.expected(model.config, where)
+def _mark_quantised(model: Model, where: str) -> None:
+    """Quantised tables are kept as they are, unless widen() is called."""
+    wanted, tables, _ = shapes.expected(model.config, where)
     for name in sorted(tables & set(model.tensors)):
         codes = model.tensors[name]
         scale = f"{name[: -len('.weight')]}.scale"
@@ -46,8 +45,7 @@ def _widen_tables(model: Model, where: str) -> None:
 
 def widen(model: Model) -> None:
     """Turns tables that are quantised already into floating point, so that they can take another type."""
-    where = str(model.source.folder / "config.json")
-    wanted, _, _ = shapes.expected(model.config, where)
+    wanted, _, _ = shapes.expected(model.config, "config.json")
     for name in sorted(model.exact & model.tables):
         codes, scales = model.tensors[name], model.tensors.pop(f"{name[: -len('.weight')]}.scale")
         shape = wanted[name]
