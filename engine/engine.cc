@@ -69,6 +69,8 @@ absl::StatusOr<LoadedConfig> ReadCheckpointFolder(const std::string& folder) {
   } else if (!absl::IsNotFound(generation_text.status())) {
     return generation_text.status();
   }
+  if (loaded.generation.eos_token_ids.empty()) loaded.generation.eos_token_ids = loaded.model.eos_token_ids;
+  if (!loaded.generation.bos_token_id) loaded.generation.bos_token_id = loaded.model.bos_token_id;
   LOAD_OR_RETURN(loaded.checkpoint, Checkpoint::Open(folder));
   LOAD_OR_RETURN(loaded.tokenizer, LoadTokenizer(folder, loaded.model.tokenizer, loaded.model.vocab_size));
   return loaded;
@@ -83,7 +85,7 @@ ModelInfo Describe(const EngineOptions& options, const LoadedConfig& loaded, con
   const ModelConfig& config = loaded.model;
   ModelInfo info;
   info.name = options.model_name.empty() ? FolderName(options.checkpoint) : options.model_name;
-  info.architecture = "memory_llama";
+  info.architecture = config.model_type;
   info.vocab_size = config.vocab_size;
   info.max_context_tokens = static_cast<int>(plan.executor.rank.max_context_tokens);
   info.dim = config.dim;
