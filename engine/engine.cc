@@ -14,9 +14,9 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/ascii.h"
 #include "absl/strings/strip.h"
+#include "engine/checkpoint_folder.h"
 #include "engine/executor.h"
 #include "engine/kv_cache.h"
-#include "engine/model/json.h"
 #include "engine/model/load_macros.h"
 #include "engine/output_stream.h"
 #include "engine/scheduler.h"
@@ -38,7 +38,6 @@ struct ScoreState {
 
 namespace {
 
-constexpr int64_t kMaxConfigBytes = 4 << 20;
 constexpr int kOutputThreads = 1;  // more would not keep a stream's deltas in order
 
 uint64_t RandomBits() {
@@ -48,40 +47,12 @@ uint64_t RandomBits() {
   return bits;
 }
 
-// A folder's files and what they say, before any weight is read.
-struct LoadedConfig {
-  ModelConfig model;
-  GenerationConfig generation;
-  std::unique_ptr<Checkpoint> checkpoint;
-  std::unique_ptr<Tokenizer> tokenizer;  // null: none
-};
-
-absl::StatusOr<LoadedConfig> ReadCheckpointFolder(const std::string& folder) {
-  LoadedConfig loaded;
-  if (folder.empty()) return absl::InvalidArgumentError("checkpoint: no folder was given");
-  const std::string config = absl::StrCat(folder, "/config.json");
-  LOAD_OR_RETURN(const std::string text, ReadFile(config, kMaxConfigBytes));
-  LOAD_OR_RETURN(loaded.model, ParseModelConfig(text, config));
-  const std::string generation = absl::StrCat(folder, "/generation_config.json");
-  absl::StatusOr<std::string> generation_text = ReadFile(generation, kMaxConfigBytes);
-  if (generation_text.ok()) {
-    LOAD_OR_RETURN(loaded.generation, ParseGenerationConfig(*generation_text, generation));
-  } else if (!absl::IsNotFound(generation_text.status())) {
-    return generation_text.status();
-  }
-  if (loaded.generation.eos_token_ids.empty()) loaded.generation.eos_token_ids = loaded.model.eos_token_ids;
-  if (!loaded.generation.bos_token_id) loaded.generation.bos_token_id = loaded.model.bos_token_id;
-  LOAD_OR_RETURN(loaded.checkpoint, Checkpoint::Open(folder));
-  LOAD_OR_RETURN(loaded.tokenizer, LoadTokenizer(folder, loaded.model.tokenizer, loaded.model.vocab_size));
-  return loaded;
-}
-
 std::string FolderName(std::string folder) {
   while (folder.size() > 1 && folder.back() == '/') folder.pop_back();
   return folder.substr(folder.rfind('/') + 1);
 }
 
-ModelInfo Describe(const EngineOptions& options, const LoadedConfig& loaded, const StartPlan& plan, const Executor& executor) {
+ModelInfo Describe(const EngineOptions& options, const CheckpointFolder& loaded, const StartPlan& plan, const Executor& executor) {
   const ModelConfig& config = loaded.model;
   ModelInfo info;
   info.name = options.model_name.empty() ? FolderName(options.checkpoint) : options.model_name;
@@ -92,7 +63,7 @@ ModelInfo Describe(const EngineOptions& options, const LoadedConfig& loaded, con
   info.n_layers = config.n_layers;
   info.n_heads = config.n_heads;
   info.n_kv_heads = config.n_kv_heads;
-  for (const auto& [name, tensor] : loaded.checkpoint->tensors()) {
+  for (const auto& [name, tensor] : loaded.tensors->tensors()) {
     if (name.find(".feed_forward.values") != std::string::npos) continue;
     int64_t parameters = 1;
     for (int64_t extent : tensor.shape) parameters *= extent;
@@ -155,7 +126,7 @@ int64_t ResidentBytes(const std::string& field) {
 class EngineImpl final : public Engine {
  public:
   // `config` is the one that the executor's layers refer to.
-  EngineImpl(const EngineOptions& options, LoadedConfig loaded, const StartPlan& plan, std::unique_ptr<Executor> executor,
+  EngineImpl(const EngineOptions& options, CheckpointFolder loaded, const StartPlan& plan, std::unique_ptr<Executor> executor,
              std::unique_ptr<const ModelConfig> config)
       : options_(options),
         model_config_(std::move(config)),
@@ -684,20 +655,20 @@ void EngineImpl::UpdateLoad() {
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options) {
   const absl::Time begin = absl::Now();
   const int64_t resident_before = ResidentBytes("VmRSS");
-  absl::StatusOr<LoadedConfig> loaded = ReadCheckpointFolder(options.checkpoint);
+  absl::StatusOr<CheckpointFolder> loaded = ReadCheckpointFolder(options.checkpoint);
   if (!loaded.ok()) return loaded.status();
   // The layers keep a pointer to the configuration: it moves to its final place before they are built.
   auto config = std::make_unique<ModelConfig>(loaded->model);
-  absl::StatusOr<StartPlan> plan = MakeStartPlan(options, *config, *loaded->checkpoint);
+  absl::StatusOr<StartPlan> plan = MakeStartPlan(options, *config, *loaded->tensors);
   if (!plan.ok()) return plan.status();
   LogPlan(*plan);
   if (options.dry_run) return std::unique_ptr<Engine>();
   const absl::Time planned = absl::Now();
-  absl::StatusOr<std::unique_ptr<Executor>> executor = Executor::Load(*config, *loaded->checkpoint, plan->executor);
+  absl::StatusOr<std::unique_ptr<Executor>> executor = Executor::Load(*config, *loaded->tensors, plan->executor);
   if (!executor.ok()) return executor.status();
   const absl::Time read = absl::Now();
   ModelInfo info = Describe(options, *loaded, *plan, **executor);
-  loaded->checkpoint.reset();
+  loaded->tensors.reset();
   spdlog::info("start: headers and plan {:.3f} s, weights read and packed {:.3f} s, {} on {} ({} threads, {})",
                absl::ToDoubleSeconds(planned - begin), absl::ToDoubleSeconds(read - planned), info.name, info.backend,
                plan->executor.threads, info.isa);

@@ -7,51 +7,144 @@
 namespace memserve::engine {
 namespace {
 
-// Tokens whose values are known or will be when this step runs, and which are not planned yet.
-int64_t Ready(const Sequence& sequence, int64_t step) {
-  const int64_t known = std::min<int64_t>(static_cast<int64_t>(sequence.tokens.size()), sequence.most_tokens());
-  const int64_t in_flight = sequence.last_draw_step == step - 1 && sequence.planned == static_cast<int64_t>(sequence.tokens.size()) ? 1 : 0;
-  return std::min(known + in_flight, sequence.most_tokens()) - sequence.planned;
+int64_t Known(const Sequence& sequence) {
+  return std::min<int64_t>(static_cast<int64_t>(sequence.tokens.size()), sequence.most_tokens());
 }
 
-bool Decodes(const Sequence& sequence) { return !sequence.scores() && sequence.planned >= sequence.prompt_tokens; }
+// Tokens whose values are known or will be when this step runs, and which are not planned yet.
+int64_t Ready(const Sequence& sequence, int64_t step) {
+  const int64_t in_flight = sequence.last_draw_step == step - 1 && sequence.planned == static_cast<int64_t>(sequence.tokens.size()) ? 1 : 0;
+  return std::min(Known(sequence) + in_flight, sequence.most_tokens()) - sequence.planned;
+}
+
+// Whether the sequence adds just what it drew last; else it computes a prompt, for the first time or again.
+bool Decodes(const Sequence& sequence) { return !sequence.scores() && sequence.planned >= sequence.prompt_tokens + sequence.draws_planned - 1; }
+
+bool GoesBefore(const Sequence& a, const Sequence& b) { return a.priority != b.priority ? a.priority > b.priority : a.order < b.order; }
+
+void Insert(std::list<std::shared_ptr<Sequence>>& queue, std::shared_ptr<Sequence> sequence) {
+  auto place = queue.end();
+  while (place != queue.begin() && GoesBefore(*sequence, **std::prev(place))) --place;
+  queue.insert(place, std::move(sequence));
+}
+
+bool WaitsForLeader(const Sequence& sequence) {
+  const Sequence* leader = sequence.leader.get();
+  return leader != nullptr && !leader->ended && leader->planned < leader->shared_tokens();
+}
 
 }  // namespace
 
 void Scheduler::Add(std::shared_ptr<Sequence> sequence) {
-  waiting_tokens_ += sequence->prompt_tokens;
-  waiting_.push_back(std::move(sequence));
+  sequence->order = next_order_++;
+  Wait(std::move(sequence));
+}
+
+void Scheduler::Wait(std::shared_ptr<Sequence> sequence) {
+  sequence->waits_with = static_cast<int64_t>(sequence->tokens.size());
+  waiting_tokens_ += sequence->waits_with;
+  Insert(waiting_, std::move(sequence));
+}
+
+// Pages for what is known of the sequence: what the cache has, and new ones for the rest. Where others run, a page for each of them is
+// left, so that what is taken up is not given up at once.
+bool Scheduler::TakeUp(const std::shared_ptr<Sequence>& sequence) {
+  Sequence& s = *sequence;
+  const int64_t needed = cache_.PagesFor(Known(s));
+  const int64_t found = s.chain.root == nullptr ? 0 : cache_.TakePrefix(s.tokens, s.cacheable_tokens() / cache_.page_size(), &s.chain, &s.pages);
+  if (needed - found + running() > cache_.available() || !cache_.Allocate(needed - found, &s.pages)) {
+    cache_.Release(&s.pages);
+    s.chain = {.root = s.chain.root};
+    return false;
+  }
+  s.planned = found * cache_.page_size();
+  if (s.preemptions == 0) s.cached_tokens = s.planned;
+  s.leader = nullptr;
+  waiting_tokens_ -= s.waits_with;
+  return true;
 }
 
 void Scheduler::Admit() {
-  while (!waiting_.empty() && running() < options_.max_sequences) {
-    const std::shared_ptr<Sequence>& next = waiting_.front();
-    if (!cache_.Allocate(cache_.PagesFor(next->most_tokens()), &next->pages)) return;
-    waiting_tokens_ -= next->prompt_tokens;
-    running_.push_back(next);
-    waiting_.pop_front();
+  for (auto next = waiting_.begin(); next != waiting_.end();) {
+    if (WaitsForLeader(**next)) {
+      ++next;
+      continue;
+    }
+    // Who comes later does not overtake who does not fit: he would never fit. A lower priority makes room.
+    while (running() >= options_.max_sequences || !TakeUp(*next)) {
+      if (running_.empty() || running_.back()->priority >= (*next)->priority) return;
+      Preempt(std::prev(running_.end()));
+    }
+    const std::shared_ptr<Sequence> taken = std::move(*next);
+    next = waiting_.erase(next);
+    Insert(running_, taken);
   }
 }
 
-StepPlan Scheduler::Schedule(int64_t step, absl::Time now) {
+// A sequence gives its pages back and waits. What it published stays in the cache as long as there is room.
+void Scheduler::Preempt(Queue::iterator victim) {
+  const std::shared_ptr<Sequence> sequence = std::move(*victim);
+  running_.erase(victim);
+  Sequence& s = *sequence;
+  cache_.Release(&s.pages);
+  s.chain = {.root = s.chain.root};
+  s.planned = 0;
+  ++s.preemptions;
+  ++preemptions_;
+  Wait(sequence);
+}
+
+// Whether the sequence has, or can be given, a page for its next token. Others that come after it make room; false: it is last itself.
+bool Scheduler::FindPageFor(const Sequence& sequence) {
+  if (sequence.planned < static_cast<int64_t>(sequence.pages.size()) * cache_.page_size()) return true;
+  while (cache_.available() == 0) {
+    if (running_.back().get() == &sequence) return false;
+    Preempt(std::prev(running_.end()));
+  }
+  return true;
+}
+
+StepPlan Scheduler::Schedule(int64_t step, absl::Time now, int64_t prefill_limit) {
   Admit();
   StepPlan plan;
   plan.batch.step = step;
-  for (const std::shared_ptr<Sequence>& sequence : running_) {
-    plan.batch.pages_per_sequence = std::max<int64_t>(plan.batch.pages_per_sequence, static_cast<int64_t>(sequence->pages.size()));
-  }
+  std::vector<Planned> planned;
   int64_t budget = options_.max_batch_tokens;
-  for (const bool decodes : {true, false}) {
-    for (const std::shared_ptr<Sequence>& sequence : running_) {
-      if (budget == 0) break;
-      // A sequence whose last prompt chunk is in this step is seen again by neither pass: the first pass goes before the second.
-      if (Decodes(*sequence) != decodes) continue;
-      const int64_t count = std::min(budget, Ready(*sequence, step));
-      if (count <= 0) continue;
-      PlanTokens(sequence, count, step, now, plan);
-      budget -= count;
+  for (auto next = running_.begin(); next != running_.end() && budget > 0;) {
+    const std::shared_ptr<Sequence> sequence = *next;
+    if (!Decodes(*sequence) || Ready(*sequence, step) <= 0) {
+      ++next;
+      continue;
     }
+    if (!FindPageFor(*sequence)) {
+      // The last one: nobody comes after it.
+      Preempt(next);
+      break;
+    }
+    ++next;  // only now: those that made room came after it
+    if (sequence->planned == static_cast<int64_t>(sequence->pages.size()) * cache_.page_size()) {
+      MEMSERVE_CHECK(cache_.Allocate(1, &sequence->pages));
+    }
+    planned.push_back({sequence, 1});
+    --budget;
   }
+  plan.decodes = static_cast<int64_t>(planned.size());
+  if (plan.decodes > 0) budget = std::min(budget, std::max<int64_t>(1, prefill_limit));
+  for (const std::shared_ptr<Sequence>& sequence : running_) {
+    if (budget == 0) break;
+    if (Decodes(*sequence)) continue;
+    // A token that came while it waited may have no page yet; it is decoded then.
+    const int64_t room = static_cast<int64_t>(sequence->pages.size()) * cache_.page_size() - sequence->planned;
+    const int64_t count = std::min({budget, Ready(*sequence, step), room});
+    if (count <= 0) continue;
+    planned.push_back({sequence, count});
+    budget -= count;
+  }
+  for (const Planned& p : planned) {
+    plan.batch.pages_per_sequence = std::max<int64_t>(plan.batch.pages_per_sequence, static_cast<int64_t>(p.sequence->pages.size()));
+  }
+  for (const Planned& p : planned) PlanTokens(p, step, now, plan);
+
   // Slots that sample come first.
   std::vector<int32_t>& scored = plan.batch.logit_tokens;
   std::vector<int32_t> all;
@@ -62,19 +155,19 @@ StepPlan Scheduler::Schedule(int64_t step, absl::Time now) {
   return plan;
 }
 
-// Puts the next `count` tokens of the sequence into the batch. Until Schedule has all slots, last_draw_slot holds the token's index in
-// the batch and batch.logit_tokens those of scored slots only.
-void Scheduler::PlanTokens(const std::shared_ptr<Sequence>& sequence, int64_t count, int64_t step, absl::Time now, StepPlan& plan) {
-  Sequence& s = *sequence;
+// Puts the next tokens of the sequence into the batch. Until Schedule has all slots, last_draw_slot holds the token's index in the
+// batch and batch.logit_tokens those of scored slots only.
+void Scheduler::PlanTokens(const Planned& planned, int64_t step, absl::Time now, StepPlan& plan) {
+  Sequence& s = *planned.sequence;
   Batch& batch = plan.batch;
   const auto row = static_cast<int32_t>(batch.num_sequences());
   batch.memory_knn.push_back(s.memory_knn);
   const size_t table = batch.block_tables.size();
   batch.block_tables.resize(table + batch.pages_per_sequence, -1);
   std::copy(s.pages.begin(), s.pages.end(), batch.block_tables.begin() + static_cast<int64_t>(table));
-  if (s.planned == 0) s.first_step = now;
+  if (s.first_step == absl::InfiniteFuture()) s.first_step = now;
 
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < planned.count; ++i) {
     const int64_t position = s.planned++;
     const bool known = position < static_cast<int64_t>(s.tokens.size());
     if (position < s.prompt_tokens) ++plan.prompt_tokens;
@@ -84,10 +177,11 @@ void Scheduler::PlanTokens(const std::shared_ptr<Sequence>& sequence, int64_t co
     batch.sequence.push_back(row);
     batch.kv_slots.push_back(s.pages[position / cache_.page_size()] * cache_.page_size() + position % cache_.page_size());
     const auto token = static_cast<int32_t>(batch.num_tokens() - 1);
-    if (s.scores() && position + 1 >= s.score_begin) {
+    if (s.scores() && position + 1 >= s.score_begin + s.scored_planned) {
       batch.logit_tokens.push_back(token);
       batch.score_targets.push_back(s.tokens[position + 1]);
-      plan.scored.push_back(sequence);
+      plan.scored.push_back(planned.sequence);
+      ++s.scored_planned;
     }
     if (!s.scores() && s.planned == s.prompt_tokens + s.draws_planned) {
       batch.sampling.push_back({.temperature = s.temperature,
@@ -96,11 +190,23 @@ void Scheduler::PlanTokens(const std::shared_ptr<Sequence>& sequence, int64_t co
                                 .seed = s.seed,
                                 .choice = 0,
                                 .position = static_cast<uint32_t>(s.planned)});
-      plan.sampled.push_back(sequence);
+      plan.sampled.push_back(planned.sequence);
       ++s.draws_planned;
       s.last_draw_step = step;
       s.last_draw_slot = token;
     }
+  }
+  PublishPages(s);
+}
+
+// Pages that this step fills: a step that reads them for another sequence comes later in the same stream.
+void Scheduler::PublishPages(Sequence& s) {
+  if (s.chain.root == nullptr) return;
+  const int64_t size = cache_.page_size();
+  const int64_t filled = std::min(s.planned, static_cast<int64_t>(s.tokens.size()));
+  while ((s.chain.length + 1) * size <= filled) {
+    const int64_t page = s.chain.length;
+    cache_.Publish(s.pages[page], absl::MakeConstSpan(s.tokens).subspan(page * size, size), &s.chain);
   }
 }
 
@@ -118,7 +224,7 @@ void Scheduler::RemoveIf(const std::function<bool(const std::shared_ptr<Sequence
   std::erase_if(waiting_, [&](const std::shared_ptr<Sequence>& sequence) {
     if (!visit(sequence)) return false;
     sequence->ended = true;
-    waiting_tokens_ -= sequence->prompt_tokens;
+    waiting_tokens_ -= sequence->waits_with;
     return true;
   });
 }

@@ -1,12 +1,14 @@
 // Decides which sequences run in the next step and fills its batch. Engine thread only.
 //
-// Decode tokens first, then chunks of prompts, up to max_batch_tokens. Waiting sequences are taken in the order of arrival, once there
-// are pages for all the tokens that they may come to (so a running sequence never lacks one).
+// Decode tokens first, then chunks of prompts, up to max_batch_tokens. Sequences are taken up by priority, then in the order of arrival,
+// once there are pages for all the tokens that are known of them; pages for what they draw are found as they go. When there are none,
+// the newest sequence of the lowest priority gives its pages back and is computed again later, with the same outcome: what was drawn
+// stays drawn, and keys and values do not depend on the batches they were computed in.
 #pragma once
 
 #include <cstdint>
-#include <deque>
 #include <functional>
+#include <list>
 #include <memory>
 #include <vector>
 
@@ -27,6 +29,7 @@ struct StepPlan {
   std::vector<std::shared_ptr<Sequence>> sampled;  // [slots that sample]
   std::vector<std::shared_ptr<Sequence>> scored;   // [slots that are scored]
   int64_t prompt_tokens = 0;                       // in this batch
+  int64_t decodes = 0;                             // sequences that add one token
 };
 
 class Scheduler {
@@ -35,8 +38,9 @@ class Scheduler {
 
   void Add(std::shared_ptr<Sequence> sequence);
 
-  // The next step; an empty batch when nothing can run. `step` numbers it.
-  StepPlan Schedule(int64_t step, absl::Time now);
+  // The next step; an empty batch when nothing can run. `step` numbers it. Beside tokens that decode, at most `prefill_limit` tokens of
+  // prompts are taken (at least one).
+  StepPlan Schedule(int64_t step, absl::Time now, int64_t prefill_limit = INT64_MAX);
 
   // The sequence will not run again: its pages are free at once. (Steps in flight may still write to them; a step that reads them for
   // another sequence comes later in the same stream.)
@@ -47,17 +51,30 @@ class Scheduler {
 
   int running() const { return static_cast<int>(running_.size()); }
   int waiting() const { return static_cast<int>(waiting_.size()); }
-  int64_t waiting_tokens() const { return waiting_tokens_; }
+  int64_t waiting_tokens() const { return waiting_tokens_; }  // known of those that wait
+  int64_t preemptions() const { return preemptions_; }        // since the start
 
  private:
+  using Queue = std::list<std::shared_ptr<Sequence>>;  // by priority, then by arrival
+  struct Planned {
+    std::shared_ptr<Sequence> sequence;
+    int64_t count;
+  };
+
+  void Wait(std::shared_ptr<Sequence> sequence);
   void Admit();
-  void PlanTokens(const std::shared_ptr<Sequence>& sequence, int64_t count, int64_t step, absl::Time now, StepPlan& plan);
+  bool TakeUp(const std::shared_ptr<Sequence>& sequence);
+  bool FindPageFor(const Sequence& sequence);
+  void Preempt(Queue::iterator victim);
+  void PlanTokens(const Planned& planned, int64_t step, absl::Time now, StepPlan& plan);
+  void PublishPages(Sequence& sequence);
 
   const SchedulerOptions options_;
   KvCache& cache_;
-  std::deque<std::shared_ptr<Sequence>> waiting_;
-  std::vector<std::shared_ptr<Sequence>> running_;  // in the order of arrival
+  Queue waiting_, running_;
   int64_t waiting_tokens_ = 0;
+  int64_t next_order_ = 0;
+  int64_t preemptions_ = 0;
 };
 
 }  // namespace memserve::engine

@@ -9,6 +9,7 @@
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "engine/kv_cache.h"
 #include "engine/request.h"
 #include "kernels/sampling.h"
 
@@ -44,6 +45,10 @@ struct Sequence {
   uint64_t seed = 0;
   int32_t memory_knn = 0;
 
+  int32_t priority = 0;               // higher goes first
+  // Is not taken up before this sequence has computed the prompt (or ended), so that its pages can be shared. May be null.
+  std::shared_ptr<const Sequence> leader;
+
   // Scoring instead of drawing: the continuation begins here. 0: drawing.
   int64_t score_begin = 0;
   int score_index = 0;                // among the continuations of the request
@@ -51,16 +56,26 @@ struct Sequence {
   std::shared_ptr<OutputStream> output;  // else this
 
   // Progress. Planned means computed or in flight.
-  int64_t planned = 0;                // tokens whose keys and values are written
+  int64_t planned = 0;                // tokens whose keys and values are written; falls to 0 when it is preempted
+  int64_t scored_planned = 0;         // scores
   int64_t draws_planned = 0;
   int64_t last_draw_step = -1;        // the step in flight that draws the token after `tokens`, and its slot
   int32_t last_draw_slot = -1;
   std::vector<int32_t> pages;         // of the KV cache
+  KvCache::Chain chain;               // those of them that are published; the root is set from the start
+  int64_t order = 0;                  // of arrival
+  int64_t cached_tokens = 0;          // of the prompt, found in the cache
+  int preemptions = 0;
+  int64_t waits_with = 0;             // tokens that it had when it began to wait
   bool ended = false;                 // results still in flight are discarded
   absl::Time first_step = absl::InfiniteFuture();
   absl::Time first_token = absl::InfiniteFuture();
 
   bool scores() const { return score_begin > 0; }
+  // Tokens that may be taken from the cache: the rest is wanted for its logits.
+  int64_t cacheable_tokens() const { return scores() ? score_begin - 1 + scored_planned : static_cast<int64_t>(tokens.size()) - 1; }
+  // Tokens that the followers of a leader share with it.
+  int64_t shared_tokens() const { return scores() ? score_begin - 1 : prompt_tokens - 1; }
   // Tokens whose keys and values are ever needed: all, but for the last one scored or drawn.
   int64_t most_tokens() const { return scores() ? static_cast<int64_t>(tokens.size()) - 1 : prompt_tokens + max_draws - 1; }
 };

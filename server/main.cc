@@ -4,6 +4,7 @@
 #include <csignal>
 #include <cstdio>
 #include <ctime>
+#include <filesystem>
 #include <memory>
 #include <thread>
 #include <utility>
@@ -13,6 +14,7 @@
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "engine/engine.h"
+#include "server/converted_checkpoint.h"
 #include "server/logging.h"
 #include "server/options.h"
 #include "server/server.h"
@@ -56,14 +58,31 @@ void DrainUntilSecondSignal(Server& server, absl::Duration limit) {
   second.join();
 }
 
+// A checkpoint in another format is replaced by its conversion; the model keeps the source's name.
+absl::Status Convert(Options& options) {
+  std::string& checkpoint = options.engine.checkpoint;
+  absl::StatusOr<std::string> converted = memserve::server::ConvertedCheckpoint(checkpoint, options.server.convert_cache);
+  if (!converted.ok()) return converted.status();
+  if (*converted != checkpoint && options.engine.model_name.empty()) {
+    while (checkpoint.size() > 1 && checkpoint.back() == '/') checkpoint.pop_back();
+    options.engine.model_name = std::filesystem::path(checkpoint).stem();
+  }
+  checkpoint = *std::move(converted);
+  return absl::OkStatus();
+}
+
 absl::Status Run(int argc, char** argv) {
   absl::StatusOr<Options> options = memserve::server::ParseCommandLine(argc, argv);
   if (!options.ok()) return options.status();
   memserve::server::SetUpLogging(options->server);
 
-  if (options->engine.dry_run) return Engine::Create(options->engine).status();
+  if (options->engine.dry_run) {
+    if (absl::Status status = Convert(*options); !status.ok()) return status;
+    return Engine::Create(options->engine).status();
+  }
   absl::StatusOr<std::unique_ptr<Server>> server = Server::Listen(options->server);
   if (!server.ok()) return server.status();
+  if (absl::Status status = Convert(*options); !status.ok()) return status;
   absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(options->engine);
   if (!engine.ok()) return engine.status();
 

@@ -54,6 +54,8 @@ ABSL_FLAG(bool, dry_run, kEngine.dry_run, "print what would be held in memory, a
 ABSL_FLAG(std::string, grpc_address, kServer.grpc_address, "host:port to listen on; port 0 takes a free one");
 ABSL_FLAG(bool, allow_public, kServer.allow_public, "permit an address that other machines reach; there is no authentication yet");
 ABSL_FLAG(std::string, port_file, kServer.port_file, "write the bound port here, atomically, once requests are answered");
+ABSL_FLAG(std::string, convert_cache, kServer.convert_cache,
+          "folder that keeps conversions of checkpoints in other formats (GGUF, .pth, .distcp, …); empty: they are refused");
 ABSL_FLAG(int, stall_seconds, kServer.stall_seconds,
           "seconds without a step while requests wait, after which the server is not ready (health)");
 ABSL_FLAG(int, drain_seconds, kServer.drain_seconds, "seconds that what runs may go on for after SIGTERM or SIGINT");
@@ -211,6 +213,7 @@ absl::StatusOr<Options> ParseCommandLine(int argc, char** argv) {
   server.stall_seconds = absl::GetFlag(FLAGS_stall_seconds);
   server.max_message_bytes = absl::GetFlag(FLAGS_max_message_bytes);
   server.max_unread_bytes = absl::GetFlag(FLAGS_max_unread_bytes);
+  server.convert_cache = absl::GetFlag(FLAGS_convert_cache);
   server.log_level = absl::GetFlag(FLAGS_log_level);
   server.log_json = absl::GetFlag(FLAGS_log_json);
   if (absl::Status status = Check(server); !status.ok()) return status;

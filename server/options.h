@@ -20,6 +20,7 @@ struct ServerOptions {
   int max_message_bytes = 8 << 20;               // of one request
   int max_unread_bytes = 4 << 20;                // of one stream whose reader is slow; beyond it the stream is ended
   std::string log_level = "info";                // trace, debug, info, warning, error
+  std::string convert_cache;                     // folder for converted checkpoints; empty: such checkpoints are refused
   bool log_json = false;                         // one JSON object a line instead of text
 };
 

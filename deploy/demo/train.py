@@ -60,7 +60,7 @@ def make_run(name, tokens=None):
     if kind in ("pair_dense", "pair_memory"):
         model = ModelConfig(dim=24, n_layers=4, n_heads=4, ffn_dim=192, vocab_size=1024, mem_n_keys=128, mem_k_dim=16,
                             memory_layers=(1, 2, 3) if kind == "pair_memory" else ())
-        return Run(name, "pair", model, tokens or 36_000_000, 3072, 6e-3, 3e-2, int(seed), warmup=0.05)
+        return Run(name, "pair", model, tokens or 27_000_000, 3072, 6e-3, 3e-2, int(seed), warmup=0.05)
     raise SystemExit(f"unknown run {name}")
 
 

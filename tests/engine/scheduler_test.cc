@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <deque>
 #include <map>
 #include <random>
 
@@ -88,28 +89,132 @@ TEST_F(SchedulerTest, ASecondStepInFlightTakesItsTokensFromTheFirstsSlots) {
   EXPECT_EQ(Next().batch.num_tokens(), 0) << "three tokens each were asked for";
 }
 
-TEST_F(SchedulerTest, AWaitingSequenceIsTakenWhenThereArePagesForAllItMayComeTo) {
-  std::shared_ptr<Sequence> large = NewSequence({1}, 97);  // 97 tokens to keep: 7 of 8 pages
+TEST_F(SchedulerTest, AWaitingSequenceIsTakenUpWhenThereArePagesForWhatIsKnownOfIt) {
+  std::shared_ptr<Sequence> large = NewSequence(std::vector<int32_t>(97, 1), 1);  // 7 of 8 pages
   scheduler_.Add(large);
-  scheduler_.Add(NewSequence({2}, 17));  // 2 pages
-  scheduler_.Add(NewSequence({3}, 1));   // 1 page, but it came later
-  EXPECT_THAT(Next().batch.token_ids, ElementsAre(1));
+  scheduler_.Add(NewSequence(std::vector<int32_t>(17, 2), 1));  // 2 pages
+  scheduler_.Add(NewSequence({3}, 1));                          // 1 page, but it came later
+  EXPECT_EQ(Next().batch.token_ids[0], 1);
   EXPECT_EQ(scheduler_.running(), 1);
   EXPECT_EQ(scheduler_.waiting(), 2);
-  EXPECT_EQ(scheduler_.waiting_tokens(), 2);
+  EXPECT_EQ(scheduler_.waiting_tokens(), 18);
   EXPECT_EQ(cache_.used(), 7);
   scheduler_.Remove(large);
   EXPECT_TRUE(large->ended);
-  EXPECT_THAT(Next().batch.token_ids, ElementsAre(2, 3));
+  EXPECT_THAT(Next().batch.token_ids, ElementsAre(3, 2, 2, 2, 2, 2)) << "the last token of a prompt goes first: it draws";
   EXPECT_EQ(cache_.used(), 3);
+  EXPECT_EQ(scheduler_.waiting_tokens(), 0);
+}
+
+TEST_F(SchedulerTest, AHigherPriorityGoesFirstAndMakesRoom) {
+  std::shared_ptr<Sequence> low = NewSequence(std::vector<int32_t>(100, 1), 5);  // 7 of 8 pages
+  std::shared_ptr<Sequence> high = NewSequence(std::vector<int32_t>(33, 2), 5);  // 3 pages
+  std::shared_ptr<Sequence> same = NewSequence(std::vector<int32_t>(33, 3), 5);
+  high->priority = 1;
+  scheduler_.Add(low);
+  Next();
+  scheduler_.Add(same);
+  EXPECT_EQ(Next().batch.token_ids[0], 1) << "equal priority waits";
+  scheduler_.Add(high);
+  EXPECT_EQ(Next().batch.token_ids[0], 2);
+  EXPECT_EQ(low->preemptions, 1);
+  EXPECT_EQ(low->planned, 0);
+  EXPECT_TRUE(low->pages.empty());
+  EXPECT_EQ(scheduler_.preemptions(), 1);
+  EXPECT_EQ(scheduler_.waiting(), 2) << "the older of equal priority waits before the newer: it does not fit";
+}
+
+TEST_F(SchedulerTest, PreemptsTheNewestOfTheLowestPriorityWhenPagesRunOutAndComputesItAgain) {
+  std::vector<int32_t> taken;
+  ASSERT_TRUE(cache_.Allocate(5, &taken));  // leaves 3 pages
+  std::shared_ptr<Sequence> urgent = NewSequence(std::vector<int32_t>(15, 1), 9);
+  std::shared_ptr<Sequence> plain = NewSequence(std::vector<int32_t>(14, 2), 9);
+  urgent->priority = 1;
+  scheduler_.Add(plain);
+  scheduler_.Add(urgent);
+  while (plain->draws_planned < 2 || urgent->draws_planned < 2) Draw(Next(), 7);
+  EXPECT_EQ(cache_.available(), 0) << "one of them is on its second page";
+  while (plain->preemptions + urgent->preemptions == 0) Draw(Next(), 7);
+  EXPECT_EQ(plain->preemptions, 1) << "though it came first";
+  EXPECT_EQ(plain->planned, 0);
+  EXPECT_TRUE(plain->pages.empty());
+  EXPECT_EQ(scheduler_.waiting(), 1);
+  const std::vector<int32_t> drawn = plain->tokens;
+  const int64_t draws = plain->draws_planned;
+  EXPECT_EQ(static_cast<int64_t>(drawn.size()), 14 + draws) << "what was drawn stays drawn";
+
+  cache_.Release(&taken);
+  std::vector<int32_t> positions;
+  while (plain->draws_planned == draws) {
+    const StepPlan plan = Next();
+    for (int64_t t = 0; t < plan.batch.num_tokens(); ++t) {
+      const int32_t page = plan.batch.block_tables[plan.batch.sequence[t] * plan.batch.pages_per_sequence];
+      if (page != plain->pages.at(0)) continue;
+      positions.push_back(plan.batch.positions[t]);
+      EXPECT_EQ(plan.batch.token_ids[t], drawn[positions.back()]);
+    }
+    Draw(plan, 7);
+  }
+  EXPECT_EQ(positions.size(), drawn.size()) << "each of its tokens is computed once more";
+}
+
+TEST_F(SchedulerTest, APrefixOfTheSameRootIsTakenFromTheCacheButForTheLastToken) {
+  const auto root = std::make_shared<const std::string>("tenant a");
+  const std::vector<int32_t> prompt(32, 5);
+  const auto add = [&](std::shared_ptr<const std::string> of, std::vector<int32_t> tokens) {
+    std::shared_ptr<Sequence> sequence = NewSequence(std::move(tokens), 2);
+    sequence->chain.root = std::move(of);
+    scheduler_.Add(sequence);
+    return sequence;
+  };
+  std::shared_ptr<Sequence> first = add(root, prompt);
+  for (int i = 0; i < 6; ++i) Draw(Next(), 9);
+  scheduler_.Remove(first);
+  EXPECT_EQ(cache_.used(), 0);
+  EXPECT_EQ(cache_.cached(), 2);
+  std::shared_ptr<Sequence> again = add(root, prompt);
+  EXPECT_EQ(Next().batch.positions.front(), 16) << "a page of 16, and the last 16 tokens are computed: one of them draws";
+  EXPECT_EQ(again->cached_tokens, 16);
+  std::shared_ptr<Sequence> longer = add(std::make_shared<const std::string>("tenant a"), std::vector<int32_t>(40, 5));
+  Next();
+  EXPECT_EQ(longer->cached_tokens, 32);
+  EXPECT_EQ(longer->pages[0], again->pages[0]) << "one page, two holders";
+  std::shared_ptr<Sequence> other = add(std::make_shared<const std::string>("tenant b"), prompt);
+  while (other->planned == 0) Draw(Next(), 9);
+  EXPECT_EQ(other->cached_tokens, 0);
+}
+
+TEST_F(SchedulerTest, FollowersWaitForTheirLeadersPromptAndShareItsPages) {
+  const auto root = std::make_shared<const std::string>("one request");
+  std::shared_ptr<Sequence> leader = NewSequence(std::vector<int32_t>(33, 5), 2), follower = NewSequence(std::vector<int32_t>(33, 5), 2);
+  leader->chain.root = follower->chain.root = root;
+  follower->leader = leader;
+  scheduler_.Add(leader);
+  scheduler_.Add(follower);
+  for (int i = 0; i < 5; ++i) Next();
+  EXPECT_EQ(scheduler_.running(), 1);
+  Next();
+  Next();
+  EXPECT_EQ(scheduler_.running(), 2);
+  EXPECT_EQ(follower->cached_tokens, 32);
+  EXPECT_EQ(follower->pages[1], leader->pages[1]);
+  EXPECT_NE(follower->pages[2], leader->pages[2]);
+  EXPECT_EQ(cache_.used(), 4);
+}
+
+TEST_F(SchedulerTest, PromptsTakeNoMoreThanTheirLimitBesideDecodes) {
+  scheduler_.Add(NewSequence({1, 2}, 5));
+  scheduler_.Add(NewSequence({3, 4, 5, 6, 7, 8, 9}, 5));
+  Draw(scheduler_.Schedule(0, absl::Now(), 1), 50);
+  EXPECT_THAT(scheduler_.Schedule(1, absl::Now(), 1).batch.token_ids, ElementsAre(50, 7)) << "6 were taken where nothing decoded";
 }
 
 TEST_F(SchedulerTest, ScoredTokensFollowThoseThatSample) {
   scheduler_.Add(NewScoring({1, 2, 3, 4}, 2));  // scores 3 and 4
   scheduler_.Add(NewSequence({5}, 1));
   const StepPlan plan = Next();
-  EXPECT_THAT(plan.batch.token_ids, ElementsAre(1, 2, 3, 5)) << "the last scored token needs no place";
-  EXPECT_THAT(plan.batch.logit_tokens, ElementsAre(3, 1, 2));
+  EXPECT_THAT(plan.batch.token_ids, ElementsAre(5, 1, 2, 3)) << "the last scored token needs no place";
+  EXPECT_THAT(plan.batch.logit_tokens, ElementsAre(0, 2, 3));
   EXPECT_EQ(plan.batch.num_sampled(), 1);
   EXPECT_THAT(plan.batch.score_targets, ElementsAre(3, 4));
 }
@@ -128,21 +233,24 @@ TEST_F(SchedulerTest, PositionsMapToTheSlotsOfTheirPages) {
   for (int64_t p = 0; p < 20; ++p) EXPECT_EQ(slots[p], sequence->pages[p / 16] * 16 + p % 16);
 }
 
-// Random events against a plain model: every sequence gets each of its tokens computed once and in order, never more than the budget
-// runs, no page is held by two, none is lost.
+// Random events against a plain model. Whatever arrives, is preempted, shares a prefix, is cancelled or ends: a sequence's tokens are
+// computed in order, never more than the budget runs, no page is written by two or read before it is written, what is held is what the
+// sequences list, none is lost, and nobody starves.
 TEST(SchedulerModelTest, RandomLivesOfSequencesKeepTheInvariants) {
   for (const int depth : {1, 2}) {
     std::mt19937 random(depth);
-    KvCache cache(40, 16);
+    constexpr int64_t kPages = 24, kPageSize = 16;
+    KvCache cache(kPages, kPageSize);
     Scheduler scheduler({.max_batch_tokens = 24, .max_sequences = 6}, &cache);
+    const std::shared_ptr<const std::string> roots[] = {nullptr, std::make_shared<const std::string>("a"),
+                                                        std::make_shared<const std::string>("b")};
     std::vector<std::shared_ptr<Sequence>> alive;
-    std::map<const Sequence*, int64_t> computed;
     std::deque<StepPlan> in_flight;
-    int64_t step = 0;
-    int64_t finished = 0;
-    const auto remove = [&](const std::shared_ptr<Sequence>& sequence) {
+    // What each slot of the cache holds: root, and the tokens up to there, as a string.
+    std::vector<std::string> held_by_slot(kPages * kPageSize);
+    int64_t step = 0, finished = 0, hits = 0, preempted = 0, scored = 0;
+    const auto remove = [&](std::shared_ptr<Sequence> sequence) {
       scheduler.Remove(sequence);
-      computed.erase(sequence.get());
       std::erase(alive, sequence);
     };
     const auto collect = [&] {
@@ -150,46 +258,88 @@ TEST(SchedulerModelTest, RandomLivesOfSequencesKeepTheInvariants) {
       in_flight.pop_front();
       for (const std::shared_ptr<Sequence>& sequence : plan.sampled) {
         if (sequence->ended) continue;
-        sequence->tokens.push_back(1);
-        const bool stops = random() % 30 == 0;
-        if (stops || static_cast<int64_t>(sequence->tokens.size()) - sequence->prompt_tokens == sequence->max_draws) {
+        sequence->tokens.push_back(static_cast<int32_t>(random() % 2));
+        if (random() % 30 == 0 || static_cast<int64_t>(sequence->tokens.size()) - sequence->prompt_tokens == sequence->max_draws) {
+          ++finished;
+          preempted += sequence->preemptions;
+          remove(sequence);
+        }
+      }
+      for (const std::shared_ptr<Sequence>& sequence : plan.scored) {
+        if (sequence->ended) continue;
+        ++scored;
+        if (++sequence->max_draws == static_cast<int64_t>(sequence->tokens.size()) - sequence->score_begin) {
           ++finished;
           remove(sequence);
         }
       }
     };
+    int64_t idle = 0;
     for (int event = 0; event < 60000; ++event) {
       if (random() % 3 == 0 && alive.size() < 12) {
-        alive.push_back(NewSequence(std::vector<int32_t>(1 + random() % 60, 1), 1 + random() % 40));
+        // Few different tokens and prompts: many prefixes are alike.
+        const bool scores = random() % 5 == 0;
+        std::vector<int32_t> tokens(2 + random() % 100, static_cast<int32_t>(random() % 2));
+        const auto begin = 1 + static_cast<int64_t>(random() % (tokens.size() - 1));
+        alive.push_back(scores ? NewScoring(std::move(tokens), begin) : NewSequence(std::move(tokens), 1 + random() % 120));
+        Sequence& added = *alive.back();
+        added.priority = random() % 8 == 0 ? 1 : 0;
+        added.chain.root = roots[random() % 3];
+        if (alive.size() > 1 && random() % 4 == 0 && added.priority == 0) added.leader = alive[random() % (alive.size() - 1)];
         scheduler.Add(alive.back());
       }
-      if (random() % 40 == 0 && !alive.empty()) remove(std::shared_ptr<Sequence>(alive[random() % alive.size()]));
+      if (random() % 40 == 0 && !alive.empty()) remove(alive[random() % alive.size()]);
       if (static_cast<int>(in_flight.size()) == depth) collect();
-      StepPlan plan = scheduler.Schedule(step++, absl::Now());
+      StepPlan plan = scheduler.Schedule(step++, absl::Now(), 1 + random() % 30);
       const Batch& batch = plan.batch;
       ASSERT_LE(batch.num_tokens(), 24);
       ASSERT_LE(scheduler.running(), 6);
       std::map<int64_t, int> written;
       for (int64_t slot : batch.kv_slots) ASSERT_EQ(++written[slot], 1) << "two tokens of a step write one slot";
+      // Tokens drawn by a step in flight are not known; a unique name stands for them.
+      std::map<int32_t, int64_t> holders;
       for (const std::shared_ptr<Sequence>& sequence : alive) {
-        ASSERT_GE(sequence->planned, computed[sequence.get()]);
+        for (int32_t page : sequence->pages) ++holders[page];
+        hits += sequence->cached_tokens > 0 && sequence->planned == sequence->cached_tokens;
         ASSERT_LE(sequence->planned, sequence->most_tokens());
-        computed[sequence.get()] = sequence->planned;
+        ASSERT_LE(cache.PagesFor(sequence->planned), static_cast<int64_t>(sequence->pages.size()));
       }
-      std::map<int32_t, int> holders;
-      int64_t held = 0;
+      ASSERT_EQ(cache.used(), static_cast<int64_t>(holders.size()));
+      ASSERT_LE(cache.used() + cache.cached(), kPages);
+      // Each token finds behind it, in the pages of its block table, just the tokens of its own sequence.
+      for (int64_t t = 0; t < batch.num_tokens(); ++t) {
+        const int64_t position = batch.positions[t];
+        const int32_t* table = batch.block_tables.data() + batch.sequence[t] * batch.pages_per_sequence;
+        ASSERT_EQ(batch.kv_slots[t], table[position / kPageSize] * kPageSize + position % kPageSize);
+        const std::string before = position == 0 ? "" : held_by_slot[table[(position - 1) / kPageSize] * kPageSize + (position - 1) % kPageSize];
+        ASSERT_EQ(static_cast<int64_t>(before.size()), position) << "what stands before was not computed";
+        held_by_slot[batch.kv_slots[t]] = before + (batch.from_slot[t] >= 0 ? '?' : static_cast<char>('0' + batch.token_ids[t]));
+      }
       for (const std::shared_ptr<Sequence>& sequence : alive) {
-        for (int32_t page : sequence->pages) {
-          ASSERT_EQ(++holders[page], 1);
-          ++held;
+        if (sequence->planned == 0) continue;
+        const int64_t last = sequence->planned - 1;
+        const std::string& held = held_by_slot[sequence->pages[last / kPageSize] * kPageSize + last % kPageSize];
+        ASSERT_EQ(static_cast<int64_t>(held.size()), sequence->planned);
+        for (int64_t i = 0; i < sequence->planned && i < static_cast<int64_t>(sequence->tokens.size()); ++i) {
+          ASSERT_TRUE(held[i] == '?' || held[i] == '0' + sequence->tokens[i]) << "the pages hold another prefix";
         }
       }
-      ASSERT_EQ(cache.used(), held);
-      if (batch.num_tokens() > 0) in_flight.push_back(std::move(plan));
-      else if (!in_flight.empty()) collect();
-      else ASSERT_TRUE(alive.empty()) << "something waits and nothing runs";
+      if (batch.num_tokens() > 0) {
+        in_flight.push_back(std::move(plan));
+        idle = 0;
+      } else if (!in_flight.empty()) {
+        collect();
+      } else {
+        ASSERT_TRUE(alive.empty() || ++idle < 3) << "something waits and nothing runs";
+      }
     }
     EXPECT_GT(finished, 1000);
+    EXPECT_GT(hits, 100);
+    EXPECT_GT(preempted, 100);
+    EXPECT_GT(scored, 1000);
+    while (!alive.empty()) remove(alive.back());
+    EXPECT_EQ(cache.used(), 0);
+    EXPECT_EQ(scheduler.waiting_tokens(), 0);
   }
 }
 

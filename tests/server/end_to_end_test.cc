@@ -238,7 +238,7 @@ TEST_F(ProgramTest, HelpIsCompleteAndEndsWithZero) {
        {"checkpoint",         "model_name",       "backend",       "devices",       "threads",           "isa",
         "weight_dtype",       "activation_dtype", "table_dtype",   "kv_dtype",      "kv_cache_bytes",    "kv_page_size",
         "max_context_tokens", "max_batch_tokens", "max_sequences", "max_waiting",   "max_prompt_bytes",  "dry_run",
-        "memory_limit_bytes", "grpc_address",     "port_file",     "drain_seconds", "stall_seconds", "max_message_bytes", "max_unread_bytes",
+        "memory_limit_bytes", "grpc_address",     "port_file",     "drain_seconds", "stall_seconds", "convert_cache", "max_message_bytes", "max_unread_bytes",
         "log_json",           "log_level",        "allow_public",  "flagfile"}) {
     EXPECT_THAT(program.out(), HasSubstr(absl::StrCat("  --", flag)));
   }

@@ -53,6 +53,7 @@ TEST(OptionsTest, EveryFlagReachesItsOption) {
                              "--port_file=P",
                              "--drain_seconds=11",
                              "--stall_seconds=15",
+                             "--convert_cache=/c",
                              "--max_message_bytes=120000",
                              "--max_unread_bytes=130000",
                              "--log_level=debug",
@@ -85,6 +86,7 @@ TEST(OptionsTest, EveryFlagReachesItsOption) {
   EXPECT_EQ(server.port_file, "P");
   EXPECT_EQ(server.drain_seconds, 11);
   EXPECT_EQ(server.stall_seconds, 15);
+  EXPECT_EQ(server.convert_cache, "/c");
   EXPECT_EQ(server.max_message_bytes, 120000);
   EXPECT_EQ(server.max_unread_bytes, 130000);
   EXPECT_EQ(server.log_level, "debug");

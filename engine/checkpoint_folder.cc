@@ -1,0 +1,32 @@
+#include "engine/checkpoint_folder.h"
+
+#include "absl/strings/str_cat.h"
+#include "engine/model/json.h"
+#include "engine/model/load_macros.h"
+
+namespace memserve::engine {
+namespace {
+
+constexpr int64_t kMaxConfigBytes = 4 << 20;
+
+}  // namespace
+
+absl::StatusOr<CheckpointFolder> ReadCheckpointFolder(const std::string& folder) {
+  CheckpointFolder read;
+  if (folder.empty()) return absl::InvalidArgumentError("checkpoint: no folder was given");
+  const std::string config = absl::StrCat(folder, "/config.json");
+  LOAD_OR_RETURN(const std::string text, ReadFile(config, kMaxConfigBytes));
+  LOAD_OR_RETURN(read.model, ParseModelConfig(text, config));
+  const std::string generation = absl::StrCat(folder, "/generation_config.json");
+  absl::StatusOr<std::string> generation_text = ReadFile(generation, kMaxConfigBytes);
+  if (generation_text.ok()) {
+    LOAD_OR_RETURN(read.generation, ParseGenerationConfig(*generation_text, generation));
+  } else if (!absl::IsNotFound(generation_text.status())) {
+    return generation_text.status();
+  }
+  LOAD_OR_RETURN(read.tensors, Checkpoint::Open(folder));
+  LOAD_OR_RETURN(read.tokenizer, LoadTokenizer(folder, read.model.tokenizer, read.model.vocab_size));
+  return read;
+}
+
+}  // namespace memserve::engine
