@@ -65,7 +65,7 @@ ModelInfo Describe(const EngineOptions& options, const CheckpointFolder& loaded,
   const ModelConfig& config = loaded.model;
   ModelInfo info;
   info.name = options.model_name.empty() ? FolderName(options.checkpoint) : options.model_name;
-  info.architecture = "memory_llama";
+  info.architecture = config.model_type;
   info.vocab_size = config.vocab_size;
   info.max_context_tokens = static_cast<int>(plan.executor.rank.max_context_tokens);
   info.dim = config.dim;

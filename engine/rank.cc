@@ -1,7 +1,9 @@
 #include "engine/rank.h"
 
 #include <algorithm>
+#include <optional>
 
+#include "absl/strings/str_cat.h"
 #include "engine/model/load_macros.h"
 
 namespace memserve::engine {
@@ -46,8 +48,7 @@ absl::StatusOr<std::unique_ptr<Rank>> Rank::Build(const ModelConfig& config, con
     pages.keys = workspace.Take<char>(pages.bytes_each(), 1);
     pages.values = workspace.Take<char>(pages.bytes_each(), 1);
     rank->pages_.push_back(pages);
-    plan.kv_bytes_per_page +=
-        2 * pages.page_size * pages.kv_heads * pages.head_dim * kernels::SizeOf(pages.dtype);
+    plan.kv_bytes_per_page += 2 * pages.page_size * pages.kv_heads * pages.head_dim * kernels::SizeOf(pages.dtype);
   }
   plan.kv_bytes = plan.kv_bytes_per_page * options.kv_pages;
   plan.weight_bytes = loader.weight_bytes();
@@ -58,23 +59,31 @@ absl::StatusOr<std::unique_ptr<Rank>> Rank::Build(const ModelConfig& config, con
 
 absl::StatusOr<RankPlan> Rank::Plan(const ModelConfig& config, const Shard& shard, const Checkpoint& checkpoint,
                                     const RankOptions& options) {
-  WeightLoader loader(checkpoint, options.types, nullptr);
+  WeightLoader loader(checkpoint, config.names, options.types, nullptr);
   Workspace workspace(nullptr);
   RankPlan plan;
   absl::StatusOr<std::unique_ptr<Rank>> rank = Build(config, shard, checkpoint, options, loader, workspace, nullptr, plan);
   if (!rank.ok()) return rank.status();
   plan.unused_tensors = loader.UnusedTensors();
+  for (const std::string& unused : plan.unused_tensors) {
+    const std::optional<std::string> key = config.names.ContradictedKey(unused, config.n_layers);
+    if (!key) continue;
+    const TensorInfo& tensor = *checkpoint.Find(unused);
+    return absl::InvalidArgumentError(absl::StrCat(checkpoint.path(tensor), ": has the tensor '", unused, "', ", Describe(tensor),
+                                                   "; by config.json the model has none there (", *key, ")"));
+  }
   return plan;
 }
 
 absl::StatusOr<std::unique_ptr<Rank>> Rank::Load(const ModelConfig& config, const Shard& shard, const Checkpoint& checkpoint,
                                                  const RankOptions& options, std::unique_ptr<kernels::Backend> backend,
                                                  std::unique_ptr<kernels::Collective> collective) {
-  WeightLoader loader(checkpoint, options.types, backend.get());
+  WeightLoader loader(checkpoint, config.names, options.types, backend.get());
   auto workspace = std::make_unique<Workspace>(backend.get());
   RankPlan plan;
   LOAD_OR_RETURN(std::unique_ptr<Rank> rank, Build(config, shard, checkpoint, options, loader, *workspace, backend.get(), plan));
   if (absl::Status s = loader.Run(options.loader_threads); !s.ok()) return s;
+  rank->loaded_ = {.read_bytes = loader.read_bytes(), .not_finite = loader.not_finite()};
   rank->workspace_ = std::move(workspace);
   rank->backend_ = std::move(backend);
   rank->collective_ = std::move(collective);
@@ -148,8 +157,10 @@ absl::Status Rank::Execute(const Batch& batch, MemoryTrace* trace) {
                             .sampled = {arrays_[1 - set].sampled, {options_.max_tokens}}};
   if (absl::Status s = model_->Forward(context, input, pages_); !s.ok()) return s;
   SampleAndScore(context, batch, arrays);
-  in_flight_.push_back(
-      {.num_sampled = batch.num_sampled(), .num_scored = batch.num_slots() - batch.num_sampled(), .set = set, .event = backend_->Record()});
+  in_flight_.push_back({.num_sampled = batch.num_sampled(),
+                        .num_scored = batch.num_slots() - batch.num_sampled(),
+                        .set = set,
+                        .event = backend_->Record()});
   return absl::OkStatus();
 }
 

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -19,8 +21,8 @@ struct RankOptions {
   kernels::DType kv_dtype = kernels::DType::kF32;
   int64_t kv_pages = 0;
   int64_t kv_page_size = 16;
-  int64_t max_tokens = 0;           // of one step
-  int64_t max_sequences = 0;        // of one step
+  int64_t max_tokens = 0;     // of one step
+  int64_t max_sequences = 0;  // of one step
   int64_t max_context_tokens = 0;
   int loader_threads = 1;
 
@@ -36,6 +38,12 @@ struct RankPlan {
   int64_t scratch_bytes = 0;
   std::vector<std::string> unused_tensors;
   int64_t total() const { return weight_bytes + table_bytes + kv_bytes + scratch_bytes; }
+};
+
+// What a rank read.
+struct RankLoaded {
+  int64_t read_bytes = 0;
+  std::map<std::string, int64_t> not_finite;  // by tensor: values that are NaN or infinite
 };
 
 // Used by one thread at a time (the rank's own).
@@ -58,6 +66,7 @@ class Rank {
   // Runs one batch by itself and gives the logits of its logit tokens, [num_slots, vocab_size]: for parity tests and perplexity.
   absl::StatusOr<std::vector<float>> ExecuteForLogits(const Batch& batch, MemoryTrace* trace = nullptr);
 
+  const RankLoaded& loaded() const { return loaded_; }
   const Transformer& model() const { return *model_; }
   const kernels::Backend& backend() const { return *backend_; }
   kernels::Collective* collective() const { return collective_.get(); }
@@ -68,8 +77,8 @@ class Rank {
     int32_t *token_ids, *from_slot, *positions, *sequence, *memory_knn, *block_tables, *logit_tokens, *score_targets;
     int64_t* kv_slots;
     kernels::SamplingSlot* sampling;
-    int32_t *sampled, *score_greedy;     // out
-    float *logprobs, *score_logprobs;    // out
+    int32_t *sampled, *score_greedy;   // out
+    float *logprobs, *score_logprobs;  // out
   };
   struct InFlight {
     int64_t num_sampled;
@@ -88,6 +97,7 @@ class Rank {
 
   const ModelConfig* config_ = nullptr;
   RankOptions options_;
+  RankLoaded loaded_;
   std::unique_ptr<kernels::Backend> backend_;
   std::unique_ptr<kernels::Collective> collective_;
   std::unique_ptr<Workspace> workspace_;

@@ -32,13 +32,10 @@ absl::StatusOr<DType> ParseTableType(const std::string& text, DType fallback) {
   return absl::InvalidArgumentError(absl::StrCat(type.status().message(), ", int8, int4"));
 }
 
-// The type of the first of these tensors that exists.
-DType StoredType(const Checkpoint& checkpoint, const std::vector<std::string>& names, DType fallback) {
-  for (const std::string& name : names) {
-    const TensorInfo* tensor = checkpoint.Find(name);
-    if (tensor != nullptr && (tensor->dtype == DType::kF32 || tensor->dtype == DType::kBF16)) return tensor->dtype;
-  }
-  return fallback;
+// As the checkpoint holds the trunk; f16 becomes f32, which holds it exactly.
+DType StoredWeightType(const ModelConfig& config, const Checkpoint& checkpoint) {
+  const TensorInfo* tensor = checkpoint.Find(config.names.Stored("layers.0.attention.wq.weight"));
+  return tensor != nullptr && tensor->dtype == DType::kBF16 ? DType::kBF16 : DType::kF32;
 }
 
 DType StoredTableType(const ModelConfig& config, const Checkpoint& checkpoint, DType fallback) {
@@ -47,6 +44,7 @@ DType StoredTableType(const ModelConfig& config, const Checkpoint& checkpoint, D
       const TensorInfo* tensor = checkpoint.Find(absl::StrCat("layers.", layer, ".feed_forward.", part, ".weight"));
       if (tensor == nullptr) continue;
       if (tensor->dtype == DType::kU8) return DType::kI4;
+      if (tensor->dtype == DType::kF16) return DType::kF32;  // exact
       return kernels::IsRowFormat(tensor->dtype) ? tensor->dtype : fallback;
     }
   }
@@ -55,7 +53,7 @@ DType StoredTableType(const ModelConfig& config, const Checkpoint& checkpoint, D
 
 absl::StatusOr<RankOptions> ResolveTypes(const EngineOptions& options, const ModelConfig& config, const Checkpoint& checkpoint) {
   RankOptions rank;
-  const DType stored = StoredType(checkpoint, {"layers.0.attention.wq.weight"}, DType::kF32);
+  const DType stored = StoredWeightType(config, checkpoint);
   LOAD_OR_RETURN(rank.types.weight, ParseType("weight_dtype", options.weight_dtype, stored));
   LOAD_OR_RETURN(rank.types.activation, ParseType("activation_dtype", options.activation_dtype, rank.types.weight));
   LOAD_OR_RETURN(rank.types.table, ParseTableType(options.table_dtype, StoredTableType(config, checkpoint, rank.types.weight)));
@@ -91,7 +89,8 @@ absl::Status CheckOptions(const EngineOptions& o, const ModelConfig& config) {
     if (!status.ok()) return status;
   }
   if (o.kv_page_size % kernels::kAttentionBlock != 0) {
-    return absl::InvalidArgumentError(absl::StrCat("kv_page_size: ", o.kv_page_size, " is not a multiple of ", kernels::kAttentionBlock));
+    return absl::InvalidArgumentError(
+        absl::StrCat("kv_page_size: ", o.kv_page_size, " is not a multiple of ", kernels::kAttentionBlock));
   }
   if (o.backend != "cpu" && o.backend != "reference") {
     return absl::InvalidArgumentError(absl::StrCat("backend: '", o.backend, "' is not one of cpu, reference"));
@@ -123,7 +122,8 @@ absl::StatusOr<int64_t> ResolveKvPages(const EngineOptions& options, const Start
   }
   const int64_t pages = options.kv_cache_bytes / page_bytes;
   if (pages < 1) {
-    return absl::InvalidArgumentError(absl::StrCat("kv_cache_bytes: ", options.kv_cache_bytes, " is less than one page, ", page_bytes));
+    return absl::InvalidArgumentError(
+        absl::StrCat("kv_cache_bytes: ", options.kv_cache_bytes, " is less than one page, ", page_bytes));
   }
   return pages;
 }

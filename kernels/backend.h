@@ -20,6 +20,7 @@
 #include "kernels/embedding.h"
 #include "kernels/embedding_bag.h"
 #include "kernels/gates.h"
+#include "kernels/layer_norm.h"
 #include "kernels/matmul.h"
 #include "kernels/product_key_search.h"
 #include "kernels/rms_norm.h"
@@ -69,6 +70,7 @@ class Backend {
   // --- operations; each has its contract in the header of its arguments
   virtual void Embedding(const EmbeddingArgs& args) = 0;
   virtual void RmsNorm(const RmsNormArgs& args) = 0;
+  virtual void LayerNorm(const LayerNormArgs& args) = 0;
   virtual void MatMul(const MatMulArgs& args) = 0;
   virtual void Rope(const RopeArgs& args) = 0;
   virtual void KvWrite(const KvWriteArgs& args) = 0;

@@ -32,6 +32,28 @@ inline BFloat16 ToBFloat16(float value) {
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
+// An IEEE half as stored.
+struct Float16 {
+  uint16_t bits;
+};
+
+// Exact: every half is a float.
+inline float ToFloat(Float16 value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16, rest = value.bits & 0x7fffu;
+  const uint32_t exponent = rest >> 10;
+  uint32_t bits = rest << 13;
+  float out;
+  if (exponent == 0) {  // zero or subnormal: rest · 2⁻²⁴
+    out = static_cast<float>(rest) * 0x1p-24f;
+    std::memcpy(&bits, &out, sizeof(bits));
+  } else {
+    bits += exponent == 31 ? (255u - 31u) << 23 : (127u - 15u) << 23;
+  }
+  bits |= sign;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
 // kI4: two's complement nibbles would waste a code; a nibble holds value + 8 (see row_format.h).
 enum class DType : uint8_t { kF32, kBF16, kF16, kI32, kI64, kI8, kU8, kI4 };
 

@@ -1,5 +1,6 @@
 // Grouped-query attention with rotary positions over the paged KV cache:
-//   out = W_o · attention(rope(W_q x), rope(W_k x), W_v x)
+//   out = W_o · attention(rope(norm_q(W_q x + b_q)), rope(norm_k(W_k x + b_k)), W_v x + b_v) + b_o
+// Biases and norms (RMSNorm over each head) only where the model has them.
 #pragma once
 
 #include <memory>
@@ -11,7 +12,7 @@
 
 namespace memserve::engine {
 
-// cos and sin of position · rope_theta^(−2i / head_dim), computed in double. On the device, [positions, head_dim / 2] each.
+// cos and sin of position · frequency, computed in double (see rope_scaling.h). On the device, [positions, head_dim / 2] each.
 struct RopeTables {
   kernels::TensorView<const float, 2> cos;
   kernels::TensorView<const float, 2> sin;
@@ -33,14 +34,20 @@ class Attention {
                                                          WeightLoader& loader);
 
   // x, out: [num_tokens, dim]; out is complete (summed over ranks).
-  void Forward(const ForwardContext& context, const RopeTables& rope, const AttentionScratch& scratch, const kernels::KvPages& pages,
-               kernels::TensorView<const float, 2> x, kernels::TensorView<float, 2> out) const;
+  void Forward(const ForwardContext& context, const RopeTables& rope, const AttentionScratch& scratch,
+               const kernels::KvPages& pages, kernels::TensorView<const float, 2> x, kernels::TensorView<float, 2> out) const;
 
  private:
+  void NormHeads(const ForwardContext& context, const Vector& weight, kernels::TensorView<float, 3> x) const;
+
   const ModelConfig* config_ = nullptr;
+  int window_ = 0;  // 0: none
   Range heads_;
   Range kv_heads_;
   Matrix wq_, wk_, wv_, wo_;
+  Vector q_bias_, k_bias_, v_bias_;
+  Vector o_bias_;  // the first rank's: the product is summed over ranks
+  Vector q_norm_, k_norm_;
 };
 
 }  // namespace memserve::engine

@@ -19,8 +19,8 @@ struct TensorInfo {
   std::string name;
   kernels::DType dtype = kernels::DType::kF32;
   std::vector<int64_t> shape;
-  int file = 0;          // index of the file
-  int64_t offset = 0;    // of its first byte in the file
+  int file = 0;        // index of the file
+  int64_t offset = 0;  // of its first byte in the file
   int64_t bytes = 0;
 };
 
@@ -36,6 +36,7 @@ class Checkpoint {
   ~Checkpoint();
 
   const std::string& folder() const { return folder_; }
+  const std::string& path(const TensorInfo& tensor) const { return files_[tensor.file].path; }
   const TensorInfo* Find(const std::string& name) const;
   const std::map<std::string, TensorInfo>& tensors() const { return tensors_; }
 

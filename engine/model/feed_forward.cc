@@ -20,6 +20,12 @@ absl::StatusOr<std::unique_ptr<FeedForward>> FeedForward::Load(const ModelConfig
   LOAD_OR_RETURN(ffn->w1_, loader.LoadMatrix(prefix + "w1.weight", config.ffn_dim, config.dim, ffn->columns_, all));
   LOAD_OR_RETURN(ffn->w3_, loader.LoadMatrix(prefix + "w3.weight", config.ffn_dim, config.dim, ffn->columns_, all));
   LOAD_OR_RETURN(ffn->w2_, loader.LoadMatrix(prefix + "w2.weight", config.dim, config.ffn_dim, all, ffn->columns_));
+  if (config.mlp_bias) {
+    LOAD_OR_RETURN(ffn->w1_bias_, loader.LoadVector(prefix + "w1.bias", config.ffn_dim, ffn->columns_));
+    LOAD_OR_RETURN(ffn->w3_bias_, loader.LoadVector(prefix + "w3.bias", config.ffn_dim, ffn->columns_));
+    const Range bias = shard.rank == 0 ? all : Range{0, 0};
+    LOAD_OR_RETURN(ffn->w2_bias_, loader.LoadVector(prefix + "w2.bias", config.dim, bias));
+  }
   return ffn;
 }
 
@@ -28,10 +34,10 @@ void FeedForward::Forward(const ForwardContext& context, const FeedForwardScratc
   kernels::Backend& backend = *context.backend;
   const TensorView<float, 2> gate(scratch.gate, {context.num_tokens, columns_.size()});
   const TensorView<float, 2> up(scratch.up, {context.num_tokens, columns_.size()});
-  backend.MatMul({.x = x, .weight = w1_.get(), .out = gate});
-  backend.MatMul({.x = x, .weight = w3_.get(), .out = up});
+  backend.MatMul({.x = x, .weight = w1_.get(), .bias = w1_bias_.view(), .out = gate});
+  backend.MatMul({.x = x, .weight = w3_.get(), .bias = w3_bias_.view(), .out = up});
   backend.SiluProduct({.a = gate, .b = up, .out = gate});
-  backend.MatMul({.x = gate, .weight = w2_.get(), .out = out});
+  backend.MatMul({.x = gate, .weight = w2_.get(), .bias = w2_bias_.view(), .out = out});
   if (context.collective != nullptr) context.collective->AllReduce(out);
 }
 

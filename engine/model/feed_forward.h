@@ -1,4 +1,4 @@
-// The dense feed-forward (SwiGLU): out = W_2 (silu(W_1 x) ⊙ W_3 x).
+// The dense feed-forward (SwiGLU): out = W_2 (silu(W_1 x + b_1) ⊙ (W_3 x + b_3)) + b_2, biases only where the model has them.
 #pragma once
 
 #include <memory>
@@ -27,6 +27,8 @@ class FeedForward {
  private:
   Range columns_;
   Matrix w1_, w2_, w3_;
+  Vector w1_bias_, w3_bias_;
+  Vector w2_bias_;  // the first rank's: the product is summed over ranks
 };
 
 }  // namespace memserve::engine

@@ -36,8 +36,16 @@ absl::StatusOr<std::unique_ptr<MemoryLayer>> MemoryLayer::Load(const ModelConfig
   const int64_t query_dim = int64_t{memory.mem_heads} * memory.mem_k_dim;
   const int64_t value_dim = config.value_dim();
   const Range dim = {0, config.dim};
-  LOAD_OR_RETURN(m.query_, loader.LoadMatrix(prefix + "query_proj.query_mlps.0.weight", query_dim, config.dim, {0, query_dim}, dim));
+  LOAD_OR_RETURN(m.query_,
+                 loader.LoadMatrix(prefix + "query_proj.query_mlps.0.weight", query_dim, config.dim, {0, query_dim}, dim));
   LOAD_OR_RETURN(m.query_bias_, loader.LoadVector(prefix + "query_proj.query_mlps.0.bias", query_dim, {0, query_dim}));
+  if (memory.query_norm != MemoryConfig::QueryNorm::kNone) {
+    const int64_t width = memory.query_norm_dim();
+    LOAD_OR_RETURN(m.query_norm_, loader.LoadVector(prefix + "query_norm.weight", width, {0, width}));
+    if (memory.query_norm == MemoryConfig::QueryNorm::kLayerNorm && loader.Has(prefix + "query_norm.bias")) {
+      LOAD_OR_RETURN(m.query_norm_bias_, loader.LoadVector(prefix + "query_norm.bias", width, {0, width}));
+    }
+  }
   LOAD_OR_RETURN(m.half_keys_, loader.LoadMatrix(prefix + "keys", memory.mem_n_keys, memory.half_dim(), {0, memory.mem_n_keys},
                                                  {0, memory.half_dim()}, int64_t{memory.mem_heads} * 2));
   if (config.has_value_projection()) {
@@ -60,6 +68,18 @@ absl::StatusOr<std::unique_ptr<MemoryLayer>> MemoryLayer::Load(const ModelConfig
   return memory_layer;
 }
 
+void MemoryLayer::NormaliseQuery(const ForwardContext& context, TensorView<float, 2> query) const {
+  const MemoryConfig& memory = config_->memory;
+  const int64_t width = memory.query_norm_dim();
+  const TensorView<float, 2> each(query.data, {query.size() / width, width});
+  const float eps = static_cast<float>(memory.query_norm_eps);
+  if (memory.query_norm == MemoryConfig::QueryNorm::kLayerNorm) {
+    context.backend->LayerNorm({.x = each, .weight = query_norm_.view(), .bias = query_norm_bias_.view(), .eps = eps, .out = each});
+  } else if (memory.query_norm == MemoryConfig::QueryNorm::kRmsNorm) {
+    context.backend->RmsNorm({.x = each, .weight = query_norm_.view(), .eps = eps, .out = each});
+  }
+}
+
 // rows and weights of the best product keys.
 void MemoryLayer::Search(const ForwardContext& context, const MemoryScratch& scratch, TensorView<const float, 2> x) const {
   const MemoryConfig& memory = config_->memory;
@@ -67,6 +87,7 @@ void MemoryLayer::Search(const ForwardContext& context, const MemoryScratch& scr
   const TensorView<float, 2> query(scratch.query, {tokens, int64_t{memory.mem_heads} * memory.mem_k_dim});
   const std::array<int64_t, 3> found = {tokens, memory.mem_heads, memory.mem_knn};
   context.backend->MatMul({.x = x, .weight = query_.get(), .bias = query_bias_.view(), .out = query});
+  NormaliseQuery(context, query);
   context.backend->ProductKeySearch({.query = {query.data, {tokens, memory.mem_heads, 2, memory.half_dim()}},
                                      .half_keys = half_keys_.get(),
                                      .knn_of_token = context.memory_knn,

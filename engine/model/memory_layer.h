@@ -1,6 +1,7 @@
 // A product-key memory layer (Memory Layers at Scale, arXiv 2412.09764; PEER, arXiv 2407.04153). With input x [dim], per token:
 //
-//   query               = W_q x + b_q                                      [mem_heads, 2, half_dim]
+//   query               = norm(W_q x + b_q)                                   [mem_heads, 2, half_dim]
+//                         norm: none, LayerNorm or RMSNorm, over each head's query or each half of it
 //   rows, weights       = product_key_search(query, half_keys)             [mem_heads, knn]
 //   pooled              = Σ over heads and knn of weights · value_table[rows]
 //   plain:    out       = pooled, or W_v pooled + b_v where rows are not dim wide
@@ -24,13 +25,13 @@ namespace memserve::engine {
 // Activations that all memory layers take turns with.
 struct MemoryScratch {
   MemoryScratch(const ModelConfig& config, const Shard& shard, kernels::DType table, int64_t max_tokens, Workspace& workspace);
-  float* query;      // [max_tokens, mem_heads, 2, half_dim]
-  float* scores;     // [max_tokens, mem_heads, knn]
-  float* weights;    // [max_tokens, mem_heads, knn]
-  int32_t* rows;     // [max_tokens, mem_heads, knn]
-  float* dots;       // PEER: [max_tokens, mem_heads, knn]
-  float* pooled;     // [max_tokens, columns of this rank]
-  float* gate;       // Memory+: [max_tokens, columns of this rank]; gated: [max_tokens, 1]
+  float* query;    // [max_tokens, mem_heads, 2, half_dim]
+  float* scores;   // [max_tokens, mem_heads, knn]
+  float* weights;  // [max_tokens, mem_heads, knn]
+  int32_t* rows;   // [max_tokens, mem_heads, knn]
+  float* dots;     // PEER: [max_tokens, mem_heads, knn]
+  float* pooled;   // [max_tokens, columns of this rank]
+  float* gate;     // Memory+: [max_tokens, columns of this rank]; gated: [max_tokens, 1]
 };
 
 class MemoryLayer {
@@ -46,6 +47,7 @@ class MemoryLayer {
 
  private:
   void Search(const ForwardContext& context, const MemoryScratch& scratch, kernels::TensorView<const float, 2> x) const;
+  void NormaliseQuery(const ForwardContext& context, kernels::TensorView<float, 2> query) const;
   void Trace(const ForwardContext& context, const MemoryScratch& scratch) const;
   void ScaleByExperts(const ForwardContext& context, const MemoryScratch& scratch, kernels::TensorView<const float, 2> x) const;
 
@@ -54,6 +56,7 @@ class MemoryLayer {
   const ValueTable* table_ = nullptr;
   bool first_rank_ = true;  // adds the bias of a product whose inputs are split
   Matrix query_, half_keys_, value_projection_, swilu_, gating_;
+  Vector query_norm_, query_norm_bias_;
   Vector query_bias_, value_bias_, swilu_bias_, gating_bias_;
 };
 

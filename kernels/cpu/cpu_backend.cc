@@ -66,6 +66,7 @@ class CpuBackend final : public Backend {
 
   void Embedding(const EmbeddingArgs& args) override;
   void RmsNorm(const RmsNormArgs& args) override;
+  void LayerNorm(const LayerNormArgs& args) override;
   void MatMul(const MatMulArgs& args) override;
   void Rope(const RopeArgs& args) override;
   void KvWrite(const KvWriteArgs& args) override;
@@ -114,6 +115,13 @@ void CpuBackend::RmsNorm(const RmsNormArgs& args) {
     MEMSERVE_CHECK_EQ(args.weight.dim(0), args.x.dim(1));
   }
   functions_.rms_norm(context_, args);
+}
+
+void CpuBackend::LayerNorm(const LayerNormArgs& args) {
+  MEMSERVE_CHECK(args.out.shape == args.x.shape);
+  MEMSERVE_CHECK_EQ(args.weight.dim(0), args.x.dim(1));
+  if (args.bias) MEMSERVE_CHECK_EQ(args.bias.dim(0), args.x.dim(1));
+  functions_.layer_norm(context_, args);
 }
 
 void CpuBackend::MatMul(const MatMulArgs& args) {

@@ -40,6 +40,30 @@ void RmsNorm(Context& context, const RmsNormArgs& args) {
   });
 }
 
+// Lanes beyond dim must stay out of the variance: they are masked again after the mean was taken off.
+void NormaliseByVariance(const float* x, const float* weight, const float* bias, int64_t dim, float eps, float* out) {
+  Lanes sum = Zero();
+  for (int64_t d = 0; d < dim; d += kLanes) sum = sum + LoadFirst(x + d, dim - d);
+  const Lanes mean = Set(Sum(sum) / static_cast<float>(dim));
+  Lanes squares = Zero();
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const Lanes v = Select(FirstLanes(dim - d), LoadFirst(x + d, dim - d) - mean, Zero());
+    squares = MulAdd(v, v, squares);
+  }
+  const Lanes scale = Set(1.0f / std::sqrt(Sum(squares) / static_cast<float>(dim) + eps));
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const Lanes v = (LoadFirst(x + d, dim - d) - mean) * scale * LoadFirst(weight + d, dim - d);
+    StoreFirst(bias == nullptr ? v : v + LoadFirst(bias + d, dim - d), out + d, dim - d);
+  }
+}
+
+void LayerNorm(Context& context, const LayerNormArgs& args) {
+  const int64_t num_tokens = args.x.dim(0), dim = args.x.dim(1);
+  context.pool.ParallelFor(num_tokens, num_tokens * dim * 5 * kStreamNs, [&](int64_t t, int) {
+    NormaliseByVariance(args.x.data + t * dim, args.weight.data, args.bias.data, dim, args.eps, args.out.data + t * dim);
+  });
+}
+
 // One head: plain loops, which the compiler turns into vectors; products and sums are rounded one by one.
 void TurnInterleaved(float* x, const float* cos, const float* sin, int64_t half_dim) {
   for (int64_t i = 0; i < half_dim; ++i) {
@@ -104,12 +128,14 @@ HWY_AFTER_NAMESPACE();
 namespace memserve::kernels::cpu {
 
 HWY_EXPORT(RmsNorm);
+HWY_EXPORT(LayerNorm);
 HWY_EXPORT(Rope);
 HWY_EXPORT(SiluProduct);
 HWY_EXPORT(SigmoidGate);
 
 void AddElementwise(size_t index, Functions& functions) {
   functions.rms_norm = HWY_DISPATCH_TABLE(RmsNorm)[index];
+  functions.layer_norm = HWY_DISPATCH_TABLE(LayerNorm)[index];
   functions.rope = HWY_DISPATCH_TABLE(Rope)[index];
   functions.silu_product = HWY_DISPATCH_TABLE(SiluProduct)[index];
   functions.sigmoid_gate = HWY_DISPATCH_TABLE(SigmoidGate)[index];

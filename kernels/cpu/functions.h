@@ -12,6 +12,7 @@
 #include "kernels/embedding.h"
 #include "kernels/embedding_bag.h"
 #include "kernels/gates.h"
+#include "kernels/layer_norm.h"
 #include "kernels/matmul.h"
 #include "kernels/product_key_search.h"
 #include "kernels/rms_norm.h"
@@ -65,6 +66,7 @@ struct Context {
 
 struct Functions {
   void (*rms_norm)(Context&, const RmsNormArgs&);
+  void (*layer_norm)(Context&, const LayerNormArgs&);
   void (*rope)(Context&, const RopeArgs&);
   void (*silu_product)(Context&, const SiluProductArgs&);
   void (*sigmoid_gate)(Context&, const SigmoidGateArgs&);

@@ -90,6 +90,7 @@ const ReferenceRowStore& Ours(const RowStore* table);
 
 void Embedding(const EmbeddingArgs& args);
 void RmsNorm(const RmsNormArgs& args);
+void LayerNorm(const LayerNormArgs& args);
 void MatMul(const MatMulArgs& args);
 void Rope(const RopeArgs& args);
 void KvWrite(const KvWriteArgs& args);

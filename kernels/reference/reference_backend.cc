@@ -29,6 +29,7 @@ class ReferenceBackend final : public Backend {
 
   void Embedding(const EmbeddingArgs& args) override { reference::Embedding(args); }
   void RmsNorm(const RmsNormArgs& args) override { reference::RmsNorm(args); }
+  void LayerNorm(const LayerNormArgs& args) override { reference::LayerNorm(args); }
   void MatMul(const MatMulArgs& args) override { reference::MatMul(args); }
   void Rope(const RopeArgs& args) override { reference::Rope(args); }
   void KvWrite(const KvWriteArgs& args) override { reference::KvWrite(args); }

@@ -23,6 +23,7 @@ struct Subcommand {
 constexpr Subcommand kSubcommands[] = {
     {"embedding", "rows of the token embedding: --vocab --dim", BenchEmbedding},
     {"rms_norm", "residual addition and norm: --dim", BenchRmsNorm},
+    {"layer_norm", "norm by mean and variance: --dim", BenchLayerNorm},
     {"rope", "rotary positions: --heads --head_dim", BenchRope},
     {"matmul", "product with a weight matrix: --n --k --format", BenchMatMul},
     {"attention", "one token (or --queries) of each of --batch sequences: --context --heads --kv_heads --head_dim --format",

@@ -5,6 +5,7 @@ namespace memserve::bench {
 
 void BenchEmbedding();
 void BenchRmsNorm();
+void BenchLayerNorm();
 void BenchRope();
 void BenchMatMul();
 void BenchAttention();

@@ -34,18 +34,22 @@ std::string ReadAll(const std::string& path) {
 
 std::vector<std::string> GoldenNames() { return {"A", "B", "D", "E", "F", "H"}; }
 
+std::vector<std::string> HuggingFaceNames() {
+  return {"llama", "llama_linear", "llama_llama3", "llama_yarn", "llama_bias_f16", "mistral", "qwen2", "qwen3", "qwen3_yarn"};
+}
+
 GoldenCase LoadGolden(const std::string& name) {
   GoldenCase golden;
   const std::string folder = std::string(MEMSERVE_GOLDEN_DIR) + "/" + name;
   golden.name = name;
   golden.checkpoint = folder + "/checkpoint";
   const nlohmann::json expected = nlohmann::json::parse(ReadAll(folder + "/expected.json"));
-  golden.memory_layers = expected.at("memory_layers").get<std::vector<int>>();
+  if (expected.contains("memory_layers")) golden.memory_layers = expected.at("memory_layers").get<std::vector<int>>();
   for (const nlohmann::json& sequence : expected.at("sequences")) {
     GoldenSequence& read = golden.sequences.emplace_back();
     read.name = sequence.at("name");
     read.tokens = sequence.at("tokens").get<std::vector<int32_t>>();
-    read.loglikelihood = sequence.at("loglikelihood").get<std::vector<double>>();
+    if (sequence.contains("loglikelihood")) read.loglikelihood = sequence.at("loglikelihood").get<std::vector<double>>();
     if (sequence.contains("greedy_tokens")) read.greedy_tokens = sequence.at("greedy_tokens").get<std::vector<int32_t>>();
   }
   golden.arrays = engine::Checkpoint::Open(folder).value();
@@ -76,13 +80,15 @@ std::unique_ptr<LoadedModel> LoadModel(const engine::EngineOptions& options) {
 engine::Batch PrefillBatch(const LoadedModel& model, const std::vector<std::vector<int32_t>>& sequences, int64_t page_size) {
   engine::Batch batch;
   for (const std::vector<int32_t>& tokens : sequences) {
-    batch.pages_per_sequence = std::max<int64_t>(batch.pages_per_sequence, (static_cast<int64_t>(tokens.size()) + page_size - 1) / page_size);
+    batch.pages_per_sequence =
+        std::max<int64_t>(batch.pages_per_sequence, (static_cast<int64_t>(tokens.size()) + page_size - 1) / page_size);
   }
   int32_t next_page = 0;
   for (size_t s = 0; s < sequences.size(); ++s) {
     batch.memory_knn.push_back(model.config.memory.mem_knn);
     const int64_t pages = (static_cast<int64_t>(sequences[s].size()) + page_size - 1) / page_size;
-    for (int64_t p = 0; p < batch.pages_per_sequence; ++p) batch.block_tables.push_back(p < pages ? next_page + static_cast<int32_t>(p) : -1);
+    for (int64_t p = 0; p < batch.pages_per_sequence; ++p)
+      batch.block_tables.push_back(p < pages ? next_page + static_cast<int32_t>(p) : -1);
     for (size_t t = 0; t < sequences[s].size(); ++t) {
       batch.token_ids.push_back(sequences[s][t]);
       batch.from_slot.push_back(-1);

@@ -1,4 +1,4 @@
-// The reference cases in tests/golden: a checkpoint each, and what the original implementation computes for it.
+// The reference cases in tests/golden: a checkpoint each, and what the original implementation or transformers computes for it.
 #pragma once
 
 #include <map>
@@ -34,6 +34,9 @@ struct GoldenCase {
 
 // All cases: A, B, D, E, F, H.
 std::vector<std::string> GoldenNames();
+// Folders of Hugging Face models, below golden/hf.
+std::vector<std::string> HuggingFaceNames();
+// A case by its folder below golden: "A", "hf/llama".
 GoldenCase LoadGolden(const std::string& name);
 
 // A checkpoint with its config and an executor on it, in parity mode (float32 activations) unless options say otherwise.

@@ -8,13 +8,20 @@
 namespace memserve::engine {
 namespace {
 
+using nlohmann::json;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
-using nlohmann::json;
 
 json Valid() {
-  return {{"model_type", "memory_llama"}, {"dim", 64},       {"n_layers", 6},     {"n_heads", 4},       {"vocab_size", 258},
-          {"max_seqlen", 256},            {"multiple_of", 256}, {"head_dim", nullptr}, {"n_kv_heads", nullptr},
+  return {{"model_type", "memory_llama"},
+          {"dim", 64},
+          {"n_layers", 6},
+          {"n_heads", 4},
+          {"vocab_size", 258},
+          {"max_seqlen", 256},
+          {"multiple_of", 256},
+          {"head_dim", nullptr},
+          {"n_kv_heads", nullptr},
           {"productkey_args", {{"is_enabled", true}, {"layers", "4,1"}, {"mem_n_keys", 32}, {"mem_knn", 8}, {"mem_k_dim", 32}}}};
 }
 
@@ -65,13 +72,17 @@ TEST(ModelConfigTest, ErrorsNameFileKeyValueAndLimit) {
   EXPECT_EQ(with("norm_eps", "x"), "config.json: norm_eps is \"x\"; it must be a number in [0, 1]");
   EXPECT_EQ(with("n_kv_heads", 3), "config.json: n_kv_heads is 3; it must divide n_heads, 4");
   EXPECT_EQ(with("head_dim", 15), "config.json: head_dim is 15; rotary positions need an even one");
-  EXPECT_EQ(with("model_type", "gpt2"), "config.json: model_type is 'gpt2'; this server reads 'memory_llama'");
-  EXPECT_EQ(with("productkey_args/layers", "1,6"), "config.json: productkey_args: productkey_args.layers has '6'; the model has layers 0 to 5");
-  EXPECT_EQ(with("productkey_args/layers", "1,1"), "config.json: productkey_args: productkey_args.layers is '1,1'; it names a layer twice");
-  EXPECT_EQ(with("productkey_args/mem_knn", 33), "config.json: productkey_args: mem_knn is 33; there are only 32 half keys (mem_n_keys)");
+  EXPECT_EQ(with("model_type", "gpt2"),
+            "config.json: model_type is 'gpt2'; this server reads memory_llama, llama, mistral, qwen2, qwen3");
+  EXPECT_EQ(with("productkey_args/layers", "1,6"),
+            "config.json: productkey_args: productkey_args.layers has '6'; the model has layers 0 to 5");
+  EXPECT_EQ(with("productkey_args/layers", "1,1"),
+            "config.json: productkey_args: productkey_args.layers is '1,1'; it names a layer twice");
+  EXPECT_EQ(with("productkey_args/mem_knn", 33),
+            "config.json: productkey_args: mem_knn is 33; there are only 32 half keys (mem_n_keys)");
   EXPECT_EQ(with("productkey_args/mem_k_dim", 31), "config.json: productkey_args: mem_k_dim is 31; it must be even");
   EXPECT_THAT(with("productkey_args/mem_n_keys", 46341), HasSubstr("mem_n_keys is 46341; it must be in [1, 46340]"));
-  EXPECT_EQ(with("productkey_args", 7), "config.json: productkey_args is not an object");
+  EXPECT_EQ(with("productkey_args", 7), "config.json: productkey_args is 7; it must be an object");
 }
 
 TEST(ModelConfigTest, TextThatIsNoConfigurationGivesOneLine) {
