@@ -172,8 +172,9 @@ absl::StatusOr<ModelConfig> ParseModelConfig(const std::string& text, const std:
   if (config.n_heads % config.n_kv_heads != 0) {
     reader.Fail(absl::StrCat("n_kv_heads is ", config.n_kv_heads, "; it must divide n_heads, ", config.n_heads));
   }
-  if (!config.tokenizer.empty() && config.tokenizer != "sentencepiece" && config.tokenizer != "bytes" && config.tokenizer != "none") {
-    reader.Fail(absl::StrCat("tokenizer is '", config.tokenizer.substr(0, 100), "'; known are sentencepiece, bytes, none"));
+  if (!config.tokenizer.empty() && config.tokenizer != "sentencepiece" && config.tokenizer != "bytes" && config.tokenizer != "none" &&
+      config.tokenizer != "bpe" && config.tokenizer != "tiktoken") {
+    reader.Fail(absl::StrCat("tokenizer is '", config.tokenizer.substr(0, 100), "'; known are sentencepiece, bytes, bpe, tiktoken, none"));
   }
   if (!reader.status().ok()) return reader.status();
   if (const json* memory = reader.Find("productkey_args"); memory != nullptr) {
