@@ -44,40 +44,45 @@ void BytePairMerges::Apply(std::vector<int32_t>& symbols, std::vector<int32_t>& 
 
 void BytePairMerges::ApplyToLong(std::vector<int32_t>& symbols) const {
   const auto count = static_cast<int32_t>(symbols.size());
-  std::vector<int32_t> previous(count), next(count);  // of the symbols that are left; -1: none
-  for (int32_t i = 0; i < count; ++i) {
-    previous[i] = i - 1;
-    next[i] = i + 1 < count ? i + 1 : -1;
-  }
-  struct Candidate {
-    int32_t rank, at, joined, left, right;
-    bool operator<(const Candidate& other) const { return rank != other.rank ? rank > other.rank : at > other.at; }
+  struct Place {
+    int32_t previous, next;  // the symbols beside it that are left; -1: none
+    Pair pair;               // with the next
   };
-  std::vector<Candidate> first;
-  const auto candidate = [&](int32_t at) -> Candidate {
-    if (at < 0 || next[at] < 0) return {kNoRank, 0, 0, 0, 0};
-    const Pair* pair = Find(symbols[at], symbols[next[at]]);
-    if (pair == nullptr) return {kNoRank, 0, 0, 0, 0};
-    return {pair->rank, at, pair->joined, symbols[at], symbols[next[at]]};
+  std::vector<Place> places(static_cast<size_t>(count));
+  const auto look_up = [&](int32_t at) {
+    const int32_t next = places[at].next;
+    const Pair* found = next < 0 ? nullptr : Find(symbols[at], symbols[next]);
+    places[at].pair = found == nullptr ? Pair{kNoRank, 0} : *found;
   };
+  // Rank in the upper half, place in the lower: the least comes first.
+  std::vector<uint64_t> first;
+  const auto entry = [&](int32_t at) { return static_cast<uint64_t>(places[at].pair.rank) << 32 | static_cast<uint32_t>(at); };
+  first.reserve(static_cast<size_t>(count));
   for (int32_t i = 0; i < count; ++i) {
-    if (const Candidate found = candidate(i); found.rank != kNoRank) first.push_back(found);
+    places[i].previous = i - 1;
+    places[i].next = i + 1 < count ? i + 1 : -1;
+    look_up(i);
+    if (places[i].pair.rank != kNoRank) first.push_back(entry(i));
   }
-  std::priority_queue<Candidate> queue(std::less<Candidate>(), std::move(first));
+  std::priority_queue<uint64_t, std::vector<uint64_t>, std::greater<uint64_t>> queue(std::greater<uint64_t>(), std::move(first));
   while (!queue.empty()) {
-    const Candidate best = queue.top();
+    const uint64_t best = queue.top();
     queue.pop();
-    // It may have gone since: joined with another neighbour, or its neighbour was.
-    const int32_t right = next[best.at];
-    if (symbols[best.at] != best.left || right < 0 || symbols[right] != best.right) continue;
-    symbols[best.at] = best.joined;
+    const auto at = static_cast<int32_t>(best & 0xffffffff);
+    Place& place = places[at];
+    // It may have changed since: joined with another neighbour, or its neighbour was. Equal ranks are one pair.
+    if (place.pair.rank != static_cast<int32_t>(best >> 32)) continue;
+    const int32_t right = place.next;
+    symbols[at] = place.pair.joined;
     symbols[right] = -1;
-    next[best.at] = next[right];
-    if (next[right] >= 0) previous[next[right]] = best.at;
-    next[right] = -1;
-    for (const int32_t at : {best.at, previous[best.at]}) {
-      if (const Candidate found = candidate(at); found.rank != kNoRank) queue.push(found);
-    }
+    places[right].pair.rank = kNoRank;
+    place.next = places[right].next;
+    if (place.next >= 0) places[place.next].previous = at;
+    look_up(at);
+    if (place.pair.rank != kNoRank) queue.push(entry(at));
+    if (place.previous < 0) continue;
+    look_up(place.previous);
+    if (places[place.previous].pair.rank != kNoRank) queue.push(entry(place.previous));
   }
   symbols.erase(std::remove(symbols.begin(), symbols.end(), -1), symbols.end());
 }

@@ -40,7 +40,12 @@ std::string Tokenizer::Decode(const std::vector<int32_t>& ids, bool keep_special
 }
 
 std::string Detokenizer::Append(int32_t id) {
-  if (tokenizer_.IsSpecial(id)) return keep_special_ ? joiner_.Append(tokenizer_.SpecialName(id)) : std::string();
+  if (tokenizer_.IsSpecial(id)) {
+    if (!keep_special_) return "";
+    const std::string name = tokenizer_.SpecialName(id);
+    first_ = first_ && name.empty();
+    return joiner_.Append(name);
+  }
   return joiner_.Append(first_ ? tokenizer_.FirstTokenBytes(id, &first_) : tokenizer_.TokenBytes(id));
 }
 
