@@ -55,8 +55,9 @@ SPACES = [" ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", " \n ", "\u00a0", "\u200
 PUNCTUATION = list("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~") + ["...", "—", "…", "«", "»", "“", "”", "、", "。", "！", "'s", "'LL", "'re", "'ſ", "://", "->", "==", "▁", "▁▁"]
 
 
-def make_line(rng, specials=True):
-    """One line of mixed text; no two kinds of trouble are ever far apart."""
+def make_line(rng, specials=True, runs=True):
+    """One line of mixed text; no two kinds of trouble are ever far apart. Long runs of one character would be most of the bytes:
+    `runs` says whether there are any."""
     out = []
     scripts = rng.sample(list(SCRIPTS), 3)
     for _ in range(rng.randint(1, 24)):
@@ -75,6 +76,8 @@ def make_line(rng, specials=True):
             out.append(rng.choice(PUNCTUATION))
         elif kind < 0.92:
             out.append(rng.choice(SPACES) * rng.choice([1, 1, 1, 2, 7]))
+        elif kind < 0.96 and not runs:
+            out.append("\n")
         elif kind < 0.94:
             out.append(" " * rng.randint(1, 300))
         elif kind < 0.96:
@@ -387,7 +390,7 @@ def their_speed(work, size, seconds):
 def speed(tool, tokenizer, lines, seconds):
     """The same lines one after the other, one thread each."""
     rng = random.Random(5)
-    texts = [make_line(rng, specials=False) for _ in range(lines)]
+    texts = [make_line(rng, specials=False, runs=False) for _ in range(lines)]
     size = sum(len(text.encode()) for text in texts)
     if tokenizer.kind == "bpe":
         one = tokenizer.tokenizer
