@@ -24,7 +24,6 @@
 #include "engine/start_plan.h"
 #include "engine/step_times.h"
 #include "engine/tokenizer/tokenizer.h"
-#include "engine/tokenizer/utf8.h"
 #include "engine/validate.h"
 #include "engine/work_queue.h"
 #include "spdlog/spdlog.h"
@@ -396,7 +395,7 @@ void EngineImpl::Detokenize(std::vector<int32_t> token_ids, bool keep_special,
       return callback(absl::InvalidArgumentError(
           absl::StrCat("token_ids: id ", ids[i], " at index ", i, " is not in [0, ", config_.vocab_size, ")")));
     }
-    callback(ToValidUtf8(tokenizer_->Decode(ids, keep_special)));
+    callback(tokenizer_->Decode(ids, keep_special));
   });
 }
 
@@ -502,7 +501,7 @@ absl::StatusOr<std::shared_ptr<Sequence>> EngineImpl::BuildSequence(const Genera
                     .stop_strings = request.stop.strings,
                     .logprobs = request.logprobs,
                     .token_bytes = request.token_bytes,
-                    .strip_leading_space = nothing_before && tokenizer_->adds_leading_space(),
+                    .starts_text = nothing_before,
                     .seed = s.seed,
                     .prompt_tokens = static_cast<int32_t>(s.prompt_tokens)},
       control, std::move(listener), [this, control] { Unregister(control->id); });

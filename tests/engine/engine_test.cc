@@ -5,11 +5,14 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <filesystem>
+#include <fstream>
 #include <functional>
 #include <thread>
 
 #include "engine/retry_after.h"
 #include "tests/support/collector.h"
+#include "nlohmann/json.hpp"
 #include "tests/support/golden.h"
 
 namespace memserve::engine {
@@ -72,6 +75,20 @@ TEST_P(GoldenEngineTest, GreedyTokensEqualTheOriginalsAloneAndAllAtOnce) {
   ASSERT_FALSE(alone.empty());
   EXPECT_EQ(GenerateAll(*engine, requests), alone);
   ExpectNoPagesLeft(*engine);
+}
+
+TEST_P(GoldenEngineTest, TextsContinueAsTheirTokensDo) {
+  const GoldenCase golden = LoadGolden(GetParam());
+  const std::unique_ptr<Engine> engine = Start(Options(GetParam()));
+  int texts = 0;
+  for (const GoldenSequence& sequence : golden.sequences) {
+    if (sequence.greedy_tokens.empty() || !sequence.text) continue;
+    GenerateRequest request = GreedyRequest({}, static_cast<int>(sequence.greedy_tokens.size()));
+    request.prompt = *sequence.text;
+    EXPECT_EQ(Generate(*engine, request).token_ids, sequence.greedy_tokens) << sequence.name;
+    ++texts;
+  }
+  EXPECT_GT(texts, 0);
 }
 
 TEST_P(GoldenEngineTest, ScoresEqualTheOriginalsLogLikelihoods) {
@@ -359,7 +376,14 @@ TEST(EngineTest, WrongRequestsNameFieldValueAndLimit) {
 }
 
 TEST(EngineTest, ACheckpointWithoutTokenizerTakesIdsAndSaysSoForText) {
-  const std::unique_ptr<Engine> engine = Start(Options("H"));
+  const std::string folder = ::testing::TempDir() + "/no_tokenizer";
+  std::filesystem::remove_all(folder);
+  std::filesystem::copy(std::string(MEMSERVE_GOLDEN_DIR) + "/H/checkpoint", folder);
+  std::ifstream config_file(folder + "/config.json");
+  nlohmann::json config = nlohmann::json::parse(config_file);
+  config["tokenizer"] = "none";
+  std::ofstream(folder + "/config.json") << config;
+  const std::unique_ptr<Engine> engine = Start(ParityOptions(folder));
   GenerateRequest request = GreedyRequest({}, 4);
   request.prompt = "text";
   const absl::Status status = Generate(*engine, request).finished.status();
