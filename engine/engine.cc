@@ -568,12 +568,12 @@ void EngineImpl::Run() {
       in_flight_.push_back(std::move(plan));
     }
     if (!in_flight_.empty()) Collect();
+    UpdateLoad();  // before anybody hears of an end: what he then asks is up to date
     if (!outputs_.empty()) {
       output_->Add([outputs = std::exchange(outputs_, {})] {
         for (const std::function<void()>& output : outputs) output();
       });
     }
-    UpdateLoad();
   }
 }
 
