@@ -3,6 +3,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/model/json.h"
 #include "engine/model/load_macros.h"
+#include "spdlog/spdlog.h"
 
 namespace memserve::engine {
 namespace {
@@ -28,6 +29,15 @@ absl::StatusOr<CheckpointFolder> ReadCheckpointFolder(const std::string& folder)
   if (!read.generation.bos_token_id) read.generation.bos_token_id = read.model.bos_token_id;
   LOAD_OR_RETURN(read.tensors, Checkpoint::Open(folder));
   LOAD_OR_RETURN(read.tokenizer, LoadTokenizer(folder, read.model.tokenizer, read.model.vocab_size));
+  read.chat_template = absl::UnimplementedError("chat: the checkpoint has no tokenizer; send token ids");
+  if (read.tokenizer != nullptr) read.chat_template = ChatTemplate::Load(folder, *read.tokenizer);
+  // A template that cannot be used leaves the rest to be served.
+  if (const absl::Status status = read.chat_template.status(); absl::IsNotFound(status)) {
+    read.chat_template = absl::UnimplementedError("chat: the checkpoint has no chat template; send a text");
+  } else if (absl::IsInvalidArgument(status)) {
+    spdlog::warn("no chats are served: {}", std::string(status.message()));
+    read.chat_template = absl::UnimplementedError(absl::StrCat("chat: the template cannot be used: ", status.message()));
+  }
   return read;
 }
 

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "engine/chat_template.h"
 #include "engine/model/checkpoint.h"
 #include "engine/model/config.h"
 #include "engine/tokenizer/tokenizer.h"
@@ -16,6 +17,7 @@ struct CheckpointFolder {
   GenerationConfig generation;
   std::unique_ptr<Checkpoint> tensors;
   std::unique_ptr<Tokenizer> tokenizer;  // null: none
+  absl::StatusOr<std::unique_ptr<ChatTemplate>> chat_template;  // UNIMPLEMENTED: why there is none
 };
 
 // INVALID_ARGUMENT, NOT_FOUND, DATA_LOSS: one line with file, thing, expected and found.

@@ -99,6 +99,7 @@ ModelInfo Describe(const EngineOptions& options, const CheckpointFolder& loaded,
     if (!info.bos_token_id) info.bos_token_id = loaded.tokenizer->bos_id();
   }
   info.tokenizer = loaded.tokenizer == nullptr ? "none" : std::string(loaded.tokenizer->name());
+  info.chat = loaded.chat_template.ok();
   info.backend = executor.first_rank().backend().name();
   info.isa = executor.first_rank().backend().isa();
   info.weight_dtype = kernels::NameOf(plan.executor.rank.types.weight);
@@ -141,6 +142,7 @@ class EngineImpl final : public Engine {
         config_(*model_config_),
         generation_(std::move(loaded.generation)),
         tokenizer_(std::move(loaded.tokenizer)),
+        chat_template_(std::move(loaded.chat_template)),
         executor_(std::move(executor)),
         cache_(plan.executor.rank.kv_pages, plan.executor.rank.kv_page_size),
         most_requests_(options.max_waiting + plan.executor.rank.max_sequences),
@@ -152,7 +154,8 @@ class EngineImpl final : public Engine {
     limits_ = {.vocab_size = config_.vocab_size,
                .max_context_tokens = info_.max_context_tokens,
                .max_prompt_bytes = options_.max_prompt_bytes,
-               .has_tokenizer = tokenizer_ != nullptr};
+               .has_tokenizer = tokenizer_ != nullptr,
+               .chat_template = chat_template_.status()};
     output_ = std::make_unique<WorkQueue>(kOutputThreads);
     tokenizing_ = std::make_unique<WorkQueue>(options_.tokenizer_threads);
     UpdateLoad();
@@ -178,7 +181,8 @@ class EngineImpl final : public Engine {
   std::string Generate(GenerateRequest request, std::shared_ptr<GenerateListener> listener) override;
   std::string Score(ScoreRequest request, ScoreCallback callback) override;
   bool Cancel(const std::string& id) override;
-  void Tokenize(std::string text, bool add_bos, std::function<void(absl::StatusOr<std::vector<int32_t>>)> callback) override;
+  void Tokenize(std::string text, bool add_bos, bool allow_special,
+                std::function<void(absl::StatusOr<std::vector<int32_t>>)> callback) override;
   void Detokenize(std::vector<int32_t> token_ids, bool keep_special,
                   std::function<void(absl::StatusOr<std::string>)> callback) override;
   const ModelInfo& model() const override { return info_; }
@@ -205,7 +209,7 @@ class EngineImpl final : public Engine {
   void Submit(std::vector<std::shared_ptr<Sequence>> sequences);
 
   // --- tokenizer threads
-  absl::StatusOr<std::vector<int32_t>> TokensOf(const Prompt& prompt, bool add_bos) const;
+  absl::StatusOr<std::vector<int32_t>> TokensOf(const Prompt& prompt, std::optional<bool> add_bos, bool allow_special) const;
   absl::StatusOr<std::vector<int32_t>> TokensWithContinuation(const ScoreRequest& request, const std::vector<int32_t>& context,
                                                               const Prompt& continuation) const;
   absl::StatusOr<std::shared_ptr<Sequence>> BuildSequence(const GenerateRequest& request, std::shared_ptr<RequestControl> control,
@@ -234,6 +238,7 @@ class EngineImpl final : public Engine {
   const ModelConfig& config_;
   const GenerationConfig generation_;
   const std::unique_ptr<Tokenizer> tokenizer_;
+  const absl::StatusOr<std::unique_ptr<ChatTemplate>> chat_template_;
   const std::unique_ptr<Executor> executor_;
   ModelInfo info_;
   RequestLimits limits_;
@@ -375,14 +380,15 @@ std::string EngineImpl::Score(ScoreRequest request, ScoreCallback callback) {
   return (*control)->id;
 }
 
-void EngineImpl::Tokenize(std::string text, bool add_bos, std::function<void(absl::StatusOr<std::vector<int32_t>>)> callback) {
-  tokenizing_->Add([this, text = std::move(text), add_bos, callback = std::move(callback)] {
+void EngineImpl::Tokenize(std::string text, bool add_bos, bool allow_special,
+                          std::function<void(absl::StatusOr<std::vector<int32_t>>)> callback) {
+  tokenizing_->Add([this, text = std::move(text), add_bos, allow_special, callback = std::move(callback)] {
     if (tokenizer_ == nullptr) return callback(absl::UnimplementedError("text: the checkpoint has no tokenizer"));
     if (static_cast<int64_t>(text.size()) > options_.max_prompt_bytes) {
       return callback(absl::InvalidArgumentError(
           absl::StrCat("text: has ", text.size(), " bytes; this server accepts ", options_.max_prompt_bytes)));
     }
-    callback(TokensOf(Prompt(text), add_bos));
+    callback(TokensOf(Prompt(text), add_bos, allow_special));
   });
 }
 
@@ -416,10 +422,19 @@ void EngineImpl::Drain(absl::Duration limit) {
 
 // ---------------------------------------------------------------- tokenizer threads
 
-absl::StatusOr<std::vector<int32_t>> EngineImpl::TokensOf(const Prompt& prompt, bool add_bos) const {
+absl::StatusOr<std::vector<int32_t>> EngineImpl::TokensOf(const Prompt& prompt, std::optional<bool> add_bos, bool allow_special) const {
   if (const auto* ids = std::get_if<std::vector<int32_t>>(&prompt)) return *ids;
-  LOAD_OR_RETURN(std::vector<int32_t> ids, tokenizer_->Encode(std::get<std::string>(prompt)));
-  if (add_bos && info_.bos_token_id) ids.insert(ids.begin(), *info_.bos_token_id);
+  std::vector<int32_t> ids;
+  if (const auto* chat = std::get_if<Chat>(&prompt)) {
+    LOAD_OR_RETURN(RenderedChat rendered, (*chat_template_)->Render(*chat));
+    const EncodeOptions options = {.allow_special = true, .literal = std::move(rendered.from_messages)};
+    LOAD_OR_RETURN(ids, tokenizer_->Encode(rendered.text, options));
+    if (!add_bos.value_or(false)) return ids;  // templates write it themselves
+  } else {
+    LOAD_OR_RETURN(ids, tokenizer_->Encode(std::get<std::string>(prompt), {.allow_special = allow_special}));
+    if (!add_bos.value_or(tokenizer_->adds_bos())) return ids;
+  }
+  if (info_.bos_token_id) ids.insert(ids.begin(), *info_.bos_token_id);
   return ids;
 }
 
@@ -429,9 +444,9 @@ absl::StatusOr<std::vector<int32_t>> EngineImpl::TokensWithContinuation(const Sc
                                                                         const Prompt& continuation) const {
   const auto* before = std::get_if<std::string>(&request.context);
   const auto* after = std::get_if<std::string>(&continuation);
-  if (before != nullptr && after != nullptr) return TokensOf(Prompt(*before + *after), request.add_bos.value_or(true));
+  if (before != nullptr && after != nullptr) return TokensOf(Prompt(*before + *after), request.add_bos, false);
   std::vector<int32_t> tokens = context;
-  LOAD_OR_RETURN(const std::vector<int32_t> more, TokensOf(continuation, /*add_bos=*/false));
+  LOAD_OR_RETURN(const std::vector<int32_t> more, TokensOf(continuation, /*add_bos=*/false, /*allow_special=*/false));
   tokens.insert(tokens.end(), more.begin(), more.end());
   return tokens;
 }
@@ -476,14 +491,18 @@ absl::StatusOr<std::shared_ptr<Sequence>> EngineImpl::BuildSequence(const Genera
   auto sequence = std::make_shared<Sequence>();
   Sequence& s = *sequence;
   s.control = control;
-  LOAD_OR_RETURN(s.tokens, TokensOf(request.prompt, request.add_bos.value_or(true)));
+  LOAD_OR_RETURN(s.tokens, TokensOf(request.prompt, request.add_bos, request.allow_special));
   s.prompt_tokens = static_cast<int64_t>(s.tokens.size());
   if (absl::Status status = ValidatePromptLength(s.prompt_tokens, limits_.max_context_tokens); !status.ok()) return status;
 
   const int64_t room = std::min<int64_t>(limits_.max_context_tokens, cache_.total() * cache_.page_size() + 1) - s.prompt_tokens;
   const int64_t wanted = request.stop.max_tokens.value_or(generation_.max_new_tokens.value_or(limits_.max_context_tokens));
   s.max_draws = std::max<int64_t>(1, std::min(wanted, room));
-  if (!request.stop.ignore_eos) s.stop_ids = info_.eos_token_ids;
+  if (!request.stop.ignore_eos) {
+    s.stop_ids = info_.eos_token_ids;
+    // A turn's end, where generation_config.json names other tokens alone.
+    if (std::holds_alternative<Chat>(request.prompt) && tokenizer_->eos_id()) s.stop_ids.push_back(*tokenizer_->eos_id());
+  }
   s.stop_ids.insert(s.stop_ids.end(), request.stop.token_ids.begin(), request.stop.token_ids.end());
   s.temperature = request.sampling.temperature.value_or(generation_.temperature.value_or(0.0f));
   s.top_k = request.sampling.top_k.value_or(generation_.top_k.value_or(0));
@@ -514,7 +533,7 @@ absl::StatusOr<std::shared_ptr<Sequence>> EngineImpl::BuildSequence(const Genera
 absl::StatusOr<std::vector<std::shared_ptr<Sequence>>> EngineImpl::BuildSequences(const ScoreRequest& request,
                                                                                   std::shared_ptr<RequestControl> control,
                                                                                   ScoreCallback callback) {
-  LOAD_OR_RETURN(const std::vector<int32_t> context, TokensOf(request.context, request.add_bos.value_or(true)));
+  LOAD_OR_RETURN(const std::vector<int32_t> context, TokensOf(request.context, request.add_bos, false));
   if (context.empty()) return absl::InvalidArgumentError("context: has no tokens; at least 1 is needed");
   auto state = std::make_shared<ScoreState>();
   state->callback = std::move(callback);

@@ -43,7 +43,8 @@ struct ModelInfo {
   std::vector<ValueTableInfo> value_tables;
   std::vector<int32_t> eos_token_ids;
   std::optional<int32_t> bos_token_id;
-  std::string tokenizer;  // "sentencepiece", "bytes", "none"
+  std::string tokenizer;  // "sentencepiece", "bpe", "tiktoken", "bytes", "none"
+  bool chat = false;      // whether there is a chat template
   std::string backend;
   std::string isa;
   std::string weight_dtype;
@@ -80,7 +81,8 @@ class Engine {
   virtual ~Engine() = default;  // ends what runs with UNAVAILABLE
 
   // The listener's OnFinished gives every error: INVALID_ARGUMENT (names field, value, limit), RESOURCE_EXHAUSTED (queue full),
-  // ALREADY_EXISTS, UNIMPLEMENTED (text without a tokenizer), UNAVAILABLE (draining, device failed), DEADLINE_EXCEEDED, CANCELLED.
+  // ALREADY_EXISTS, UNIMPLEMENTED (text without a tokenizer, a chat without a template), UNAVAILABLE (draining,
+  // device failed), DEADLINE_EXCEEDED, CANCELLED.
   // Gives the id in use (drawn where request.id is empty), or "" for a request that is refused at once: its id may be another's.
   virtual std::string Generate(GenerateRequest request, std::shared_ptr<GenerateListener> listener) = 0;
   virtual std::string Score(ScoreRequest request, ScoreCallback callback) = 0;
@@ -88,7 +90,7 @@ class Engine {
   // Ends a request in whatever state; its pages are free by the next step, its listener hears CANCELLED. False: no such request.
   virtual bool Cancel(const std::string& id) = 0;
 
-  virtual void Tokenize(std::string text, bool add_bos,
+  virtual void Tokenize(std::string text, bool add_bos, bool allow_special,
                         std::function<void(absl::StatusOr<std::vector<int32_t>>)> callback) = 0;
   virtual void Detokenize(std::vector<int32_t> token_ids, bool keep_special,
                           std::function<void(absl::StatusOr<std::string>)> callback) = 0;

@@ -14,8 +14,19 @@
 
 namespace memserve::engine {
 
-// Text is tokenised by the engine; token ids are taken as they are.
-using Prompt = std::variant<std::string, std::vector<int32_t>>;
+struct ChatMessage {
+  std::string role;
+  std::string content;
+};
+
+// Written out by the checkpoint's chat template. Special tokens come from the template alone, never from a message.
+struct Chat {
+  std::vector<ChatMessage> messages;  // at least 1
+  bool add_generation_prompt = true;  // end where the assistant is to go on
+};
+
+// Text is tokenised by the engine; token ids are taken as they are. As what follows a context, a chat means nothing.
+using Prompt = std::variant<std::string, std::vector<int32_t>, Chat>;
 
 // Unset: the checkpoint's generation_config.json, then greedy.
 struct SamplingParams {
@@ -58,7 +69,8 @@ struct SchedulingParams {
 struct GenerateRequest {
   std::string id;  // unique among running requests; empty: drawn
   Prompt prompt;
-  std::optional<bool> add_bos;  // text only; unset: where the tokenizer has such a token
+  std::optional<bool> add_bos;  // unset: before a text, where the tokenizer puts one; before a chat, what its template writes
+  bool allow_special = false;   // names of special tokens in a text give these tokens
   SamplingParams sampling;
   StopParams stop;
   MemoryMode memory;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "engine/tokenizer/utf8.h"
 
 namespace memserve::engine {
 namespace {
@@ -28,6 +29,27 @@ absl::Status CheckIds(absl::string_view field, const std::vector<int32_t>& ids, 
   return absl::OkStatus();
 }
 
+absl::Status CheckChat(absl::string_view field, const Chat& chat, const RequestLimits& limits) {
+  if (!limits.chat_template.ok()) return limits.chat_template;
+  if (chat.messages.empty() || chat.messages.size() > kMaxMessages) {
+    return Bad(field, absl::StrCat("has ", chat.messages.size(), " messages; 1 to ", kMaxMessages, " are accepted"));
+  }
+  size_t bytes = 0;
+  for (size_t i = 0; i < chat.messages.size(); ++i) {
+    const ChatMessage& message = chat.messages[i];
+    const std::string place = absl::StrCat(field, ".messages[", i, "]");
+    if (message.role.empty() || message.role.size() > kMaxRoleBytes) {
+      return Bad(place, absl::StrCat("has a role of ", message.role.size(), " bytes; 1 to ", kMaxRoleBytes, " are accepted"));
+    }
+    for (const std::string* text : {&message.role, &message.content}) {
+      if (FindBrokenUtf8(*text) != std::string::npos) return Bad(place, "is not UTF-8");
+    }
+    bytes += message.content.size();
+  }
+  if (static_cast<int64_t>(bytes) <= limits.max_prompt_bytes) return absl::OkStatus();
+  return Bad(field, absl::StrCat("has ", bytes, " bytes of messages; this server accepts ", limits.max_prompt_bytes));
+}
+
 absl::Status CheckPrompt(absl::string_view field, const Prompt& prompt, const RequestLimits& limits) {
   if (const auto* text = std::get_if<std::string>(&prompt)) {
     if (!limits.has_tokenizer) {
@@ -38,6 +60,7 @@ absl::Status CheckPrompt(absl::string_view field, const Prompt& prompt, const Re
     }
     return absl::OkStatus();
   }
+  if (const auto* chat = std::get_if<Chat>(&prompt)) return CheckChat(field, *chat, limits);
   const auto& ids = std::get<std::vector<int32_t>>(prompt);
   if (static_cast<int64_t>(ids.size()) > limits.max_context_tokens) {
     return Bad(field, absl::StrCat("has ", ids.size(), " tokens; this server accepts ", limits.max_context_tokens - 1));
@@ -157,6 +180,7 @@ absl::Status Validate(const ScoreRequest& request, const RequestLimits& limits) 
   }
   for (size_t i = 0; i < request.continuations.size(); ++i) {
     const std::string field = absl::StrCat("continuations[", i, "]");
+    if (std::holds_alternative<Chat>(request.continuations[i])) return Bad(field, "is a chat; it must be a text or token ids");
     if (absl::Status s = CheckPrompt(field, request.continuations[i], limits); !s.ok()) return s;
   }
   return absl::OkStatus();

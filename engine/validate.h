@@ -15,12 +15,15 @@ inline constexpr size_t kMaxContinuations = 256;
 inline constexpr size_t kMaxIdBytes = 256;
 inline constexpr size_t kMaxSaltBytes = 256;
 inline constexpr int32_t kMaxPriority = 1000;
+inline constexpr size_t kMaxMessages = 4096;
+inline constexpr size_t kMaxRoleBytes = 64;
 
 struct RequestLimits {
   int vocab_size = 0;
   int max_context_tokens = 0;
   int64_t max_prompt_bytes = 0;
   bool has_tokenizer = false;
+  absl::Status chat_template;  // not OK: why there is none
 };
 
 // All but the number of tokens of a text, which is known later.

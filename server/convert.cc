@@ -46,6 +46,13 @@ engine::Prompt ToPrompt(const auto& message) {
   return std::vector<int32_t>(message.tokens().ids().begin(), message.tokens().ids().end());
 }
 
+engine::Chat ToChat(const v1::Chat& message) {
+  engine::Chat chat;
+  for (const v1::ChatMessage& one : message.messages()) chat.messages.push_back({.role = one.role(), .content = one.content()});
+  chat.add_generation_prompt = !message.has_add_generation_prompt() || message.add_generation_prompt();
+  return chat;
+}
+
 engine::SamplingParams ToSampling(const v1::SamplingParams& params) {
   engine::SamplingParams sampling;
   if (params.has_temperature()) sampling.temperature = params.temperature();
@@ -117,11 +124,13 @@ v1::ValueTableInfo ToProto(const engine::ValueTableInfo& table) {
 absl::StatusOr<engine::GenerateRequest> ToEngine(const v1::GenerateRequest& request, const engine::ModelInfo& model,
                                                  absl::Time deadline) {
   RETURN_IF_ERROR(CheckModelName(request, model));
-  if (request.prompt_case() == v1::GenerateRequest::PROMPT_NOT_SET) return Missing("prompt", "text or tokens");
+  if (request.prompt_case() == v1::GenerateRequest::PROMPT_NOT_SET) return Missing("prompt", "text, tokens or chat");
   engine::GenerateRequest result;
   result.id = RequestId(request);
-  result.prompt = ToPrompt(request);
+  if (request.has_chat()) result.prompt = ToChat(request.chat());
+  else result.prompt = ToPrompt(request);
   if (request.has_add_bos()) result.add_bos = request.add_bos();
+  result.allow_special = request.allow_special();
   result.sampling = ToSampling(request.sampling());
   result.stop = ToStop(request.stop());
   result.memory = ToMemoryMode(request.memory());
@@ -209,6 +218,7 @@ v1::GetModelResponse ToProto(const engine::ModelInfo& model) {
   response.mutable_eos_token_ids()->Assign(model.eos_token_ids.begin(), model.eos_token_ids.end());
   if (model.bos_token_id.has_value()) response.set_bos_token_id(*model.bos_token_id);
   response.set_tokenizer(model.tokenizer);
+  response.set_chat(model.chat);
   response.set_backend(model.backend);
   response.set_isa(model.isa);
   response.set_weight_dtype(model.weight_dtype);

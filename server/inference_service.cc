@@ -56,7 +56,7 @@ grpc::ServerUnaryReactor* InferenceService::Tokenize(grpc::CallbackServerContext
   absl::StatusOr<Gate::Pass> engine = gate_.Enter();
   if (!engine.ok()) return Finish(*context, engine.status());
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  (*engine)->Tokenize(request->text(), request->add_bos(),
+  (*engine)->Tokenize(request->text(), request->add_bos(), request->allow_special(),
                       [reactor, response, pass = *engine](absl::StatusOr<std::vector<int32_t>> ids) {
                         if (ids.ok()) response->mutable_token_ids()->Assign(ids->begin(), ids->end());
                         reactor->Finish(ToGrpc(ids.status()));

@@ -176,9 +176,11 @@ class FakeEngine final : public engine::Engine {
     return true;
   }
 
-  void Tokenize(std::string text, bool add_bos, std::function<void(absl::StatusOr<std::vector<int32_t>>)> callback) override {
+  void Tokenize(std::string text, bool add_bos, bool allow_special,
+                std::function<void(absl::StatusOr<std::vector<int32_t>>)> callback) override {
     std::vector<int32_t> ids(text.begin(), text.end());
     if (add_bos) ids.insert(ids.begin(), *model_info.bos_token_id);
+    if (allow_special) ids.push_back(*model_info.bos_token_id);
     callback(ids);
   }
   void Detokenize(std::vector<int32_t> token_ids, bool keep_special,
