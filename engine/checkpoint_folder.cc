@@ -24,6 +24,8 @@ absl::StatusOr<CheckpointFolder> ReadCheckpointFolder(const std::string& folder)
   } else if (!absl::IsNotFound(generation_text.status())) {
     return generation_text.status();
   }
+  if (read.generation.eos_token_ids.empty()) read.generation.eos_token_ids = read.model.eos_token_ids;
+  if (!read.generation.bos_token_id) read.generation.bos_token_id = read.model.bos_token_id;
   LOAD_OR_RETURN(read.tensors, Checkpoint::Open(folder));
   LOAD_OR_RETURN(read.tokenizer, LoadTokenizer(folder, read.model.tokenizer, read.model.vocab_size));
   return read;
