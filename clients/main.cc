@@ -39,6 +39,9 @@ Flags of complete, score, tokenize, repeat:
 Flags of complete, score, repeat:
   --token_ids                       prompts are token ids such as 1,2,3, and complete prints ids instead of text
   --memory=on|off                   whether the memory layers take part (default on)
+  --priority=N                      -1000 to 1000, higher goes first (default 0)
+  --prefix_cache=on|off             whether prompts that begin alike share what was computed (default on)
+  --cache_salt=TEXT                 share only with requests of the same salt
   --model=NAME                      refuse to be answered by another model
   --request_id=ID                   a name for abort and the server's logs (default: the server draws one)
 
@@ -104,6 +107,9 @@ std::optional<std::string> ReadCommandLine(int argc, char** argv, Options& optio
   flags.Add("add_bos", "bos", "on or off", Into(options.add_bos));
   flags.AddSwitch("token_ids", "prompt", options.token_ids);
   flags.Add("memory", "prompt", "on or off", Into(options.memory));
+  flags.Add("priority", "prompt", "a whole number", Into(options.priority));
+  flags.Add("prefix_cache", "prompt", "on or off", Into(options.prefix_cache));
+  flags.Add("cache_salt", "prompt", "text", Into(options.cache_salt));
   flags.Add("model", "prompt", "a name", Into(options.model));
   flags.Add("request_id", "prompt", "a name", Into(options.request_id));
   flags.Add("max_tokens", "generate", "a whole number", Into(options.max_tokens));

@@ -22,6 +22,9 @@ struct Options {
   std::string model;
   std::string request_id;
   std::optional<bool> memory;
+  std::optional<int32_t> priority;
+  std::optional<bool> prefix_cache;
+  std::string cache_salt;
 
   std::optional<int32_t> max_tokens;
   std::optional<float> temperature;

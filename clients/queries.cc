@@ -74,6 +74,7 @@ int Score(const Options& options) {
   if (!options.model.empty()) request.set_model(options.model);
   if (options.add_bos) request.set_add_bos(*options.add_bos);
   if (options.memory) request.mutable_memory()->set_enabled(*options.memory);
+  *request.mutable_scheduling() = ToScheduling(options);
 
   v1::ScoreResponse response;
   const grpc::Status status = Ask(options, ConnectInference(options), &v1::Inference::Stub::Score, request, response);

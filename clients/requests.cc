@@ -95,6 +95,14 @@ bool ReadPrompt(const Options& options, const std::string& word, std::optional<s
   return true;
 }
 
+v1::SchedulingParams ToScheduling(const Options& options) {
+  v1::SchedulingParams scheduling;
+  if (options.priority) scheduling.set_priority(*options.priority);
+  if (options.prefix_cache) scheduling.set_prefix_cache(*options.prefix_cache);
+  if (!options.cache_salt.empty()) scheduling.set_cache_salt(options.cache_salt);
+  return scheduling;
+}
+
 v1::GenerateRequest ToGenerateRequest(const Options& options) {
   v1::GenerateRequest request;
   if (!options.request_id.empty()) request.set_request_id(options.request_id);
@@ -114,6 +122,7 @@ v1::GenerateRequest ToGenerateRequest(const Options& options) {
     request.mutable_output()->set_token_bytes(true);
   }
   if (options.memory) request.mutable_memory()->set_enabled(*options.memory);
+  *request.mutable_scheduling() = ToScheduling(options);
   return request;
 }
 

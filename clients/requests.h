@@ -16,6 +16,7 @@ bool ParseIds(const std::string& text, v1::TokenIds& ids);
 
 // All of the request but its prompt.
 v1::GenerateRequest ToGenerateRequest(const Options& options);
+v1::SchedulingParams ToScheduling(const Options& options);
 
 // Field names as in the proto; optional fields only if set; bytes in base64.
 nlohmann::ordered_json ToJson(const google::protobuf::Message& message);

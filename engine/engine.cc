@@ -19,10 +19,11 @@
 #include "engine/kv_cache.h"
 #include "engine/model/load_macros.h"
 #include "engine/output_stream.h"
+#include "engine/retry_after.h"
 #include "engine/scheduler.h"
 #include "engine/start_plan.h"
+#include "engine/step_times.h"
 #include "engine/tokenizer/tokenizer.h"
-#include "engine/tokenizer/utf8.h"
 #include "engine/validate.h"
 #include "engine/work_queue.h"
 #include "spdlog/spdlog.h"
@@ -45,6 +46,13 @@ uint64_t RandomBits() {
   while (getrandom(&bits, sizeof(bits), 0) != sizeof(bits)) {
   }
   return bits;
+}
+
+// RESOURCE_EXHAUSTED that says when to come again.
+absl::Status TryLater(absl::string_view message, absl::Duration wait) {
+  absl::Status status = absl::ResourceExhaustedError(message);
+  SetRetryAfter(wait, &status);
+  return status;
 }
 
 std::string FolderName(std::string folder) {
@@ -205,6 +213,8 @@ class EngineImpl final : public Engine {
   absl::StatusOr<std::vector<std::shared_ptr<Sequence>>> BuildSequences(const ScoreRequest& request,
                                                                         std::shared_ptr<RequestControl> control, ScoreCallback callback);
   absl::Status CheckFits(const Sequence& sequence) const;
+  absl::Status CheckAdmission(int64_t prompt_tokens, absl::Time deadline) const;
+  std::shared_ptr<const std::string> ChainRoot(const SchedulingParams& scheduling, int32_t memory_knn, const std::string& id) const;
 
   // --- engine thread
   void Run();
@@ -234,6 +244,9 @@ class EngineImpl final : public Engine {
   Scheduler scheduler_;
   const int step_depth_;
   std::deque<StepPlan> in_flight_;
+  StepTimes step_times_;
+  absl::Time collected_;  // the step before
+  int64_t cached_tokens_ = 0;
   int64_t steps_ = 0;
   int64_t prompt_tokens_ = 0;
   int64_t completion_tokens_ = 0;
@@ -252,6 +265,10 @@ class EngineImpl final : public Engine {
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);
   Load load_ ABSL_GUARDED_BY(mutex_);
+  int64_t inbox_tokens_ ABSL_GUARDED_BY(mutex_) = 0;
+  absl::Duration prompt_token_ ABSL_GUARDED_BY(mutex_);   // what one takes
+  absl::Duration between_ends_ ABSL_GUARDED_BY(mutex_);   // of requests, about
+  absl::Time last_end_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();
 
   std::unique_ptr<WorkQueue> output_;
   std::unique_ptr<WorkQueue> tokenizing_;
@@ -270,8 +287,8 @@ absl::StatusOr<std::shared_ptr<RequestControl>> EngineImpl::Register(std::string
   if (!failure_.ok()) return absl::UnavailableError(failure_.message());
   if (draining_) return absl::UnavailableError("the server is draining");
   if (static_cast<int64_t>(registry_.size()) >= most_requests_) {
-    return absl::ResourceExhaustedError(absl::StrCat("max_waiting: ", registry_.size(), " requests are running or waiting; at most ",
-                                                     most_requests_, " are taken"));
+    return TryLater(absl::StrCat("max_waiting: ", registry_.size(), " requests are running or waiting; at most ", most_requests_, " are taken"),
+                    between_ends_);
   }
   if (!registry_.emplace(control->id, control).second) {
     return absl::AlreadyExistsError(absl::StrCat("request_id: '", control->id, "' is running"));
@@ -281,7 +298,12 @@ absl::StatusOr<std::shared_ptr<RequestControl>> EngineImpl::Register(std::string
 
 void EngineImpl::Unregister(const std::string& id) {
   kernels::MutexLock lock(mutex_);
-  if (registry_.erase(id) > 0) ++ended_requests_;
+  if (registry_.erase(id) > 0) {
+    ++ended_requests_;
+    const absl::Time now = absl::Now();
+    if (last_end_ != absl::InfinitePast()) between_ends_ += 0.1 * (now - last_end_ - between_ends_);
+    last_end_ = now;
+  }
   if (registry_.empty()) drained_.NotifyAll();
 }
 
@@ -302,7 +324,10 @@ bool EngineImpl::Cancel(const std::string& id) {
 
 void EngineImpl::Submit(std::vector<std::shared_ptr<Sequence>> sequences) {
   kernels::MutexLock lock(mutex_);
-  for (std::shared_ptr<Sequence>& sequence : sequences) inbox_.push_back(std::move(sequence));
+  for (std::shared_ptr<Sequence>& sequence : sequences) {
+    inbox_tokens_ += sequence->prompt_tokens;
+    inbox_.push_back(std::move(sequence));
+  }
   wake_.NotifyAll();
 }
 
@@ -370,7 +395,7 @@ void EngineImpl::Detokenize(std::vector<int32_t> token_ids, bool keep_special,
       return callback(absl::InvalidArgumentError(
           absl::StrCat("token_ids: id ", ids[i], " at index ", i, " is not in [0, ", config_.vocab_size, ")")));
     }
-    callback(ToValidUtf8(tokenizer_->Decode(ids, keep_special)));
+    callback(tokenizer_->Decode(ids, keep_special));
   });
 }
 
@@ -418,6 +443,33 @@ absl::Status EngineImpl::CheckFits(const Sequence& sequence) const {
                                                  " pages; the KV cache has ", cache_.total()));
 }
 
+// Too much waits already, or it cannot be done in time: better said now than after the wait. What waits may change meanwhile, so this
+// is a limit of what is taken on, not of what is held.
+absl::Status EngineImpl::CheckAdmission(int64_t prompt_tokens, absl::Time deadline) const {
+  kernels::MutexLock lock(mutex_);
+  const int64_t waiting = load_.waiting_tokens + inbox_tokens_;
+  if (waiting > 0 && waiting + prompt_tokens > options_.max_waiting_tokens) {
+    return TryLater(absl::StrCat("max_waiting_tokens: ", waiting, " tokens of prompts wait; with ", prompt_tokens, " more there would be over ",
+                                 options_.max_waiting_tokens),
+                    prompt_token_ * waiting);
+  }
+  const absl::Duration needed = prompt_token_ * (waiting + prompt_tokens);
+  if (needed > deadline - absl::Now()) {
+    return absl::DeadlineExceededError(absl::StrCat("the deadline is in ", absl::FormatDuration(deadline - absl::Now()), "; the prompt of ",
+                                                    prompt_tokens, " tokens, behind ", waiting, " that wait, takes about ",
+                                                    absl::FormatDuration(needed)));
+  }
+  return absl::OkStatus();
+}
+
+// What keys and values depend on beside the tokens, and whose they are. A request that keeps out of the cache has a root of its own: its
+// own sequences still share their prompt.
+std::shared_ptr<const std::string> EngineImpl::ChainRoot(const SchedulingParams& scheduling, int32_t memory_knn,
+                                                         const std::string& id) const {
+  if (!scheduling.prefix_cache) return std::make_shared<const std::string>(absl::StrCat("request ", id, " ", absl::Hex(RandomBits())));
+  return std::make_shared<const std::string>(absl::StrCat("knn ", memory_knn, " salt ", scheduling.cache_salt));
+}
+
 absl::StatusOr<std::shared_ptr<Sequence>> EngineImpl::BuildSequence(const GenerateRequest& request,
                                                                     std::shared_ptr<RequestControl> control,
                                                                     std::shared_ptr<GenerateListener> listener) {
@@ -438,7 +490,10 @@ absl::StatusOr<std::shared_ptr<Sequence>> EngineImpl::BuildSequence(const Genera
   s.top_p = request.sampling.top_p.value_or(generation_.top_p.value_or(1.0f));
   s.seed = request.sampling.seed.has_value() ? *request.sampling.seed : RandomBits();
   s.memory_knn = request.memory.enabled ? config_.memory.mem_knn : 0;
+  s.priority = request.scheduling.priority;
+  s.chain.root = ChainRoot(request.scheduling, s.memory_knn, control->id);
   if (absl::Status status = CheckFits(s); !status.ok()) return status;
+  if (absl::Status status = CheckAdmission(s.prompt_tokens, request.deadline); !status.ok()) return status;
 
   const bool nothing_before = s.prompt_tokens == 1 && tokenizer_ != nullptr && tokenizer_->IsSpecial(s.tokens[0]);
   s.output = std::make_shared<OutputStream>(
@@ -446,7 +501,7 @@ absl::StatusOr<std::shared_ptr<Sequence>> EngineImpl::BuildSequence(const Genera
                     .stop_strings = request.stop.strings,
                     .logprobs = request.logprobs,
                     .token_bytes = request.token_bytes,
-                    .strip_leading_space = nothing_before && tokenizer_->adds_leading_space(),
+                    .starts_text = nothing_before,
                     .seed = s.seed,
                     .prompt_tokens = static_cast<int32_t>(s.prompt_tokens)},
       control, std::move(listener), [this, control] { Unregister(control->id); });
@@ -463,6 +518,9 @@ absl::StatusOr<std::vector<std::shared_ptr<Sequence>>> EngineImpl::BuildSequence
   state->remaining = static_cast<int>(request.continuations.size());
   state->result.usage.prompt_tokens = static_cast<int32_t>(context.size());
   std::vector<std::shared_ptr<Sequence>> sequences;
+  const int32_t memory_knn = request.memory.enabled ? config_.memory.mem_knn : 0;
+  const std::shared_ptr<const std::string> root = ChainRoot(request.scheduling, memory_knn, control->id);
+  int64_t all_tokens = static_cast<int64_t>(context.size());
   for (size_t i = 0; i < request.continuations.size(); ++i) {
     auto sequence = std::make_shared<Sequence>();
     Sequence& s = *sequence;
@@ -476,7 +534,11 @@ absl::StatusOr<std::vector<std::shared_ptr<Sequence>>> EngineImpl::BuildSequence
                                                      " tokens; this server accepts ", limits_.max_context_tokens));
     }
     s.prompt_tokens = static_cast<int64_t>(s.tokens.size());
-    s.memory_knn = request.memory.enabled ? config_.memory.mem_knn : 0;
+    s.memory_knn = memory_knn;
+    s.priority = request.scheduling.priority;
+    s.chain.root = root;
+    if (i > 0) s.leader = sequences.front();
+    all_tokens += s.prompt_tokens - static_cast<int64_t>(context.size());
     s.score_begin = static_cast<int64_t>(context.size());
     s.score_index = static_cast<int>(i);
     s.score = state;
@@ -485,6 +547,7 @@ absl::StatusOr<std::vector<std::shared_ptr<Sequence>>> EngineImpl::BuildSequence
     state->result.usage.completion_tokens += static_cast<int32_t>(s.tokens.size() - context.size());
     sequences.push_back(std::move(sequence));
   }
+  if (absl::Status status = CheckAdmission(all_tokens, request.deadline); !status.ok()) return status;
   return sequences;
 }
 
@@ -495,7 +558,7 @@ void EngineImpl::Run() {
     step_begin_ = absl::Now();
     EndMarked(step_begin_);
     while (static_cast<int>(in_flight_.size()) < step_depth_) {
-      StepPlan plan = scheduler_.Schedule(steps_, step_begin_);
+      StepPlan plan = scheduler_.Schedule(steps_, step_begin_, step_times_.PrefillLimit());
       if (plan.batch.num_tokens() == 0) break;
       ++steps_;
       if (absl::Status s = executor_->Launch(plan.batch); !s.ok()) {
@@ -505,12 +568,12 @@ void EngineImpl::Run() {
       in_flight_.push_back(std::move(plan));
     }
     if (!in_flight_.empty()) Collect();
+    UpdateLoad();  // before anybody hears of an end: what he then asks is up to date
     if (!outputs_.empty()) {
       output_->Add([outputs = std::exchange(outputs_, {})] {
         for (const std::function<void()>& output : outputs) output();
       });
     }
-    UpdateLoad();
   }
 }
 
@@ -522,6 +585,7 @@ bool EngineImpl::TakeInbox() {
     while (idle && inbox_.empty() && !stopping_) wake_.Wait(mutex_);
     if (idle && inbox_.empty()) return false;
     arrived.swap(inbox_);
+    inbox_tokens_ = 0;
   }
   for (std::shared_ptr<Sequence>& sequence : arrived) scheduler_.Add(std::move(sequence));
   return true;
@@ -561,7 +625,9 @@ void EngineImpl::Collect() {
   absl::StatusOr<StepResult> result = executor_->Collect();
   if (!result.ok()) return Fail(result.status());
   const absl::Time now = absl::Now();
-  last_step_ = now - step_begin_;
+  last_step_ = now - std::max(step_begin_, collected_);
+  collected_ = now;
+  step_times_.Add(plan.decodes, plan.batch.num_tokens() - plan.decodes, last_step_);
   prompt_tokens_ += plan.prompt_tokens;
   for (size_t i = 0; i < plan.sampled.size(); ++i) {
     if (!plan.sampled[i]->ended) OnDrawn(plan.sampled[i], result->tokens[i], result->logprobs[i], now);
@@ -601,16 +667,20 @@ void EngineImpl::End(const std::shared_ptr<Sequence>& sequence, EngineEnd end) {
 // Tells the output thread that a sequence has ended.
 void EngineImpl::Deliver(const std::shared_ptr<Sequence>& sequence, EngineEnd end) {
   const Sequence& s = *sequence;
+  cached_tokens_ += s.cached_tokens;
   if (s.output != nullptr) {
     const absl::Time now = absl::Now();
     const absl::Time begin = std::min(s.first_step, now);
     const absl::Time first_token = std::min(s.first_token, now);
+    end.cached_tokens = static_cast<int32_t>(s.cached_tokens);
     end.timings = {.queue = begin - s.control->arrival, .prefill = first_token - begin, .decode = now - first_token};
     outputs_.push_back([output = s.output, end = std::move(end)] { output->OnEnd(end); });
     return;
   }
   ScoreState& state = *s.score;
   const bool last = --state.remaining == 0;
+  // The context as a whole was cached as far as its first continuation found it so.
+  if (s.score_index == 0) state.result.usage.cached_tokens = static_cast<int32_t>(s.cached_tokens);
   if (state.callback == nullptr || (end.status.ok() && !last)) return;
   // The first error ends the request; its other continuations end in silence.
   outputs_.push_back([this, control = s.control, callback = std::exchange(state.callback, nullptr), status = end.status,
@@ -643,6 +713,10 @@ void EngineImpl::UpdateLoad() {
   load_.waiting_tokens = scheduler_.waiting_tokens();
   load_.kv_pages_total = cache_.total();
   load_.kv_pages_used = cache_.used();
+  load_.kv_pages_cached = cache_.cached();
+  load_.cached_tokens = cached_tokens_;
+  load_.preemptions = scheduler_.preemptions();
+  prompt_token_ = step_times_.PromptToken();
   load_.kv_page_size = static_cast<int>(cache_.page_size());
   load_.steps = steps_;
   load_.prompt_tokens = prompt_tokens_;

@@ -59,11 +59,14 @@ struct Load {
   int waiting = 0;
   int64_t waiting_tokens = 0;
   int64_t kv_pages_total = 0;
-  int64_t kv_pages_used = 0;
+  int64_t kv_pages_used = 0;    // held by sequences
+  int64_t kv_pages_cached = 0;  // held by none, their tokens known
   int kv_page_size = 0;
   int64_t steps = 0;
   int64_t prompt_tokens = 0;
   int64_t completion_tokens = 0;
+  int64_t cached_tokens = 0;    // of prompts, taken from the prefix cache
+  int64_t preemptions = 0;
   absl::Duration last_step;
   bool draining = false;
 };

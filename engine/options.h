@@ -26,6 +26,7 @@ struct EngineOptions {
   int max_batch_tokens = 512;        // in one step: decode tokens first, prompt chunks fill the rest
   int max_sequences = 64;            // running at once
   int max_waiting = 1024;            // requests; more are refused
+  int64_t max_waiting_tokens = 1 << 20;  // of prompts that wait, beyond the first of them; more are refused
   int64_t max_prompt_bytes = 1 << 20;  // of text, checked before it is tokenised
   int step_depth = 0;                // steps in flight, 1 or 2; 0: what suits the back end (cpu: 1)
   int tokenizer_threads = 1;

@@ -10,21 +10,15 @@ OutputStream::OutputStream(OutputOptions options, std::shared_ptr<RequestControl
       control_(std::move(control)),
       listener_(std::move(listener)),
       on_ended_(std::move(on_ended)),
-      matcher_(options_.stop_strings) {}
-
-// The text that the token completed.
-std::string OutputStream::Detokenize(int32_t id) {
-  if (options_.tokenizer == nullptr) return "";
-  std::string bytes = options_.tokenizer->TokenBytes(id);
-  if (completion_tokens_ == 1 && options_.strip_leading_space && bytes.starts_with(" ")) bytes.erase(0, 1);
-  return joiner_.Append(bytes);
+      matcher_(options_.stop_strings) {
+  if (options_.tokenizer != nullptr) detokenizer_.emplace(*options_.tokenizer, options_.starts_text, /*keep_special=*/false);
 }
 
 void OutputStream::OnToken(int32_t id, float logprob, bool shown) {
   if (matcher_.matched()) return;  // drawn before the engine heard of the stop
   ++completion_tokens_;
   Delta delta;
-  if (shown) delta.text = matcher_.Append(Detokenize(id));
+  if (shown) delta.text = matcher_.Append(detokenizer_ ? detokenizer_->Append(id) : "");
   delta.token_ids = {id};
   if (options_.logprobs) delta.logprobs = {logprob};
   if (options_.token_bytes) delta.token_bytes = {options_.tokenizer == nullptr ? "" : options_.tokenizer->TokenBytes(id)};
@@ -43,7 +37,7 @@ void OutputStream::OnEnd(const EngineEnd& end) {
   if (matcher_.matched()) {
     finished.stop_string = matcher_.matched();
   } else {
-    finished.text = matcher_.Append(joiner_.Finish());
+    finished.text = matcher_.Append(detokenizer_ ? detokenizer_->Finish() : "");
     if (matcher_.matched()) {
       finished.stop_string = matcher_.matched();
       finished.reason = FinishReason::kStop;
@@ -52,7 +46,8 @@ void OutputStream::OnEnd(const EngineEnd& end) {
       finished.stop_token_id = end.stop_token_id;
     }
   }
-  finished.usage = {.prompt_tokens = options_.prompt_tokens, .completion_tokens = completion_tokens_};
+  finished.usage = {
+      .prompt_tokens = options_.prompt_tokens, .cached_tokens = end.cached_tokens, .completion_tokens = completion_tokens_};
   finished.timings = end.timings;
   finished.seed = options_.seed;
   listener_->OnFinished(std::move(finished));

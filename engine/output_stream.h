@@ -10,7 +10,6 @@
 #include "engine/sequence.h"
 #include "engine/stop_matcher.h"
 #include "engine/tokenizer/tokenizer.h"
-#include "engine/tokenizer/utf8.h"
 
 namespace memserve::engine {
 
@@ -19,6 +18,7 @@ struct EngineEnd {
   absl::Status status;  // not OK: an error, and the rest is meaningless
   FinishReason reason = FinishReason::kLength;
   std::optional<int32_t> stop_token_id;
+  int32_t cached_tokens = 0;
   Timings timings;
 };
 
@@ -27,7 +27,7 @@ struct OutputOptions {
   std::vector<std::string> stop_strings;
   bool logprobs = false;
   bool token_bytes = false;
-  bool strip_leading_space = false;  // nothing stands before the first token
+  bool starts_text = false;  // nothing stands before the first token
   uint64_t seed = 0;
   int32_t prompt_tokens = 0;
 };
@@ -43,13 +43,11 @@ class OutputStream {
   void OnEnd(const EngineEnd& end);
 
  private:
-  std::string Detokenize(int32_t id);
-
   const OutputOptions options_;
   const std::shared_ptr<RequestControl> control_;
   const std::shared_ptr<GenerateListener> listener_;
   const std::function<void()> on_ended_;
-  Utf8Joiner joiner_;
+  std::optional<Detokenizer> detokenizer_;  // with a tokenizer
   StopMatcher matcher_;
   int32_t completion_tokens_ = 0;
 };

@@ -37,6 +37,13 @@ struct MemoryMode {
   bool enabled = true;  // off: they add nothing to the residual stream
 };
 
+// Where a request stands among the others.
+struct SchedulingParams {
+  int32_t priority = 0;      // [-1000, 1000]; higher goes first, and may take pages from lower ones that run
+  bool prefix_cache = true;  // off: neither takes from the prefix cache nor leaves anything that others could find
+  std::string cache_salt;    // prefixes are found only under the same salt; at most 256 bytes
+};
+
 struct GenerateRequest {
   std::string id;  // unique among running requests; empty: drawn
   Prompt prompt;
@@ -46,6 +53,7 @@ struct GenerateRequest {
   MemoryMode memory;
   bool logprobs = false;
   bool token_bytes = false;
+  SchedulingParams scheduling;
   absl::Time deadline = absl::InfiniteFuture();
 };
 
@@ -55,6 +63,7 @@ struct ScoreRequest {
   std::optional<bool> add_bos;
   std::vector<Prompt> continuations;  // at most 256
   MemoryMode memory;
+  SchedulingParams scheduling;
   absl::Time deadline = absl::InfiniteFuture();
 };
 

@@ -75,6 +75,7 @@ absl::Status CheckOptions(const EngineOptions& o, const ModelConfig& config) {
            CheckRange("max_batch_tokens", o.max_batch_tokens, 1, 1 << 20),
            CheckRange("max_sequences", o.max_sequences, 1, 1 << 16),
            CheckRange("max_waiting", o.max_waiting, 0, 1 << 20),
+           CheckRange("max_waiting_tokens", o.max_waiting_tokens, 0, int64_t{1} << 40),
            CheckRange("max_context_tokens", o.max_context_tokens, 0, config.max_seqlen),
            CheckRange("kv_page_size", o.kv_page_size, kernels::kAttentionBlock, 1024),
            CheckRange("kv_cache_bytes", o.kv_cache_bytes, 0, bytes),

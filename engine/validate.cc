@@ -73,11 +73,22 @@ absl::Status CheckStop(const StopParams& stop, const RequestLimits& limits) {
   return CheckIds("stop.token_ids", stop.token_ids, limits.vocab_size);
 }
 
+absl::Status CheckScheduling(const SchedulingParams& scheduling) {
+  if (scheduling.priority < -kMaxPriority || scheduling.priority > kMaxPriority) {
+    return Bad("scheduling.priority", absl::StrCat(scheduling.priority, " is not in [", -kMaxPriority, ", ", kMaxPriority, "]"));
+  }
+  if (scheduling.cache_salt.size() > kMaxSaltBytes) {
+    return Bad("scheduling.cache_salt",
+               absl::StrCat("has ", scheduling.cache_salt.size(), " bytes; at most ", kMaxSaltBytes, " are accepted"));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::Status Validate(const GenerateRequest& request, const RequestLimits& limits) {
   for (const absl::Status& status : {CheckId(request.id), CheckPrompt("prompt", request.prompt, limits), CheckSampling(request.sampling),
-                                     CheckStop(request.stop, limits)}) {
+                                     CheckStop(request.stop, limits), CheckScheduling(request.scheduling)}) {
     if (!status.ok()) return status;
   }
   return absl::OkStatus();
@@ -86,6 +97,7 @@ absl::Status Validate(const GenerateRequest& request, const RequestLimits& limit
 absl::Status Validate(const ScoreRequest& request, const RequestLimits& limits) {
   if (absl::Status s = CheckId(request.id); !s.ok()) return s;
   if (absl::Status s = CheckPrompt("context", request.context, limits); !s.ok()) return s;
+  if (absl::Status s = CheckScheduling(request.scheduling); !s.ok()) return s;
   if (request.continuations.empty() || request.continuations.size() > kMaxContinuations) {
     return Bad("continuations", absl::StrCat("has ", request.continuations.size(), " entries; 1 to ", kMaxContinuations, " are accepted"));
   }

@@ -12,6 +12,8 @@ inline constexpr size_t kMaxStopStringBytes = 256;
 inline constexpr size_t kMaxStopTokenIds = 64;
 inline constexpr size_t kMaxContinuations = 256;
 inline constexpr size_t kMaxIdBytes = 256;
+inline constexpr size_t kMaxSaltBytes = 256;
+inline constexpr int32_t kMaxPriority = 1000;
 
 struct RequestLimits {
   int vocab_size = 0;

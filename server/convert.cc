@@ -8,6 +8,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/string_view.h"
+#include "absl/time/time.h"
+#include "engine/retry_after.h"
 #include "google/rpc/error_details.pb.h"
 #include "google/rpc/status.pb.h"
 #include "grpcpp/support/error_details.h"
@@ -18,8 +20,8 @@
 namespace memserve::server {
 namespace {
 
-// The queue turns over in about so long; a finer guess needs the queue's own measurements.
-constexpr int kRetrySeconds = 1;
+// Where the engine gives no time of its own: a slow reader may come back at once, with its whole request.
+constexpr absl::Duration kRetryAfter = absl::Seconds(1);
 
 absl::Status Missing(absl::string_view field, absl::string_view limit) {
   return absl::InvalidArgumentError(absl::StrCat(field, " is not set; it must be ", limit));
@@ -63,6 +65,12 @@ engine::StopParams ToStop(const v1::StopParams& params) {
 
 engine::MemoryMode ToMemoryMode(const v1::MemoryParams& params) { return {.enabled = !params.has_enabled() || params.enabled()}; }
 
+engine::SchedulingParams ToScheduling(const v1::SchedulingParams& params) {
+  return {.priority = params.priority(),
+          .prefix_cache = !params.has_prefix_cache() || params.prefix_cache(),
+          .cache_salt = params.cache_salt()};
+}
+
 v1::Usage ToProto(const engine::Usage& usage) {
   v1::Usage result;
   result.set_prompt_tokens(usage.prompt_tokens);
@@ -104,6 +112,7 @@ absl::StatusOr<engine::GenerateRequest> ToEngine(const v1::GenerateRequest& requ
   result.sampling = ToSampling(request.sampling());
   result.stop = ToStop(request.stop());
   result.memory = ToMemoryMode(request.memory());
+  result.scheduling = ToScheduling(request.scheduling());
   result.logprobs = request.output().logprobs();
   result.token_bytes = request.output().token_bytes();
   result.deadline = deadline;
@@ -125,6 +134,7 @@ absl::StatusOr<engine::ScoreRequest> ToEngine(const v1::ScoreRequest& request, c
     result.continuations.push_back(ToPrompt(continuation));
   }
   result.memory = ToMemoryMode(request.memory());
+  result.scheduling = ToScheduling(request.scheduling());
   result.deadline = deadline;
   return result;
 }
@@ -201,6 +211,11 @@ v1::GetLoadResponse ToProto(const engine::Load& load) {
   response.set_completion_tokens(load.completion_tokens);
   response.set_last_step_seconds(absl::ToDoubleSeconds(load.last_step));
   response.set_draining(load.draining);
+  response.set_requests(load.requests);
+  response.set_ended_requests(load.ended_requests);
+  response.set_kv_pages_cached(load.kv_pages_cached);
+  response.set_cached_tokens(load.cached_tokens);
+  response.set_preemptions(load.preemptions);
   return response;
 }
 
@@ -215,7 +230,9 @@ grpc::Status ToGrpc(const absl::Status& status) {
   const std::string message(status.message());
   if (!absl::IsResourceExhausted(status)) return {static_cast<grpc::StatusCode>(status.raw_code()), message};
   google::rpc::RetryInfo retry;
-  retry.mutable_retry_delay()->set_seconds(kRetrySeconds);
+  const absl::Duration after = engine::RetryAfter(status).value_or(kRetryAfter);
+  retry.mutable_retry_delay()->set_seconds(absl::ToInt64Seconds(after));
+  retry.mutable_retry_delay()->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(after % absl::Seconds(1))));
   google::rpc::Status detailed;
   detailed.set_code(grpc::StatusCode::RESOURCE_EXHAUSTED);
   detailed.set_message(message);

@@ -44,6 +44,8 @@ ABSL_FLAG(int, max_context_tokens, kEngine.max_context_tokens,
 ABSL_FLAG(int, max_batch_tokens, kEngine.max_batch_tokens, "tokens in one step");
 ABSL_FLAG(int, max_sequences, kEngine.max_sequences, "sequences that run at once");
 ABSL_FLAG(int, max_waiting, kEngine.max_waiting, "requests that may wait; more are refused with RESOURCE_EXHAUSTED");
+ABSL_FLAG(int64_t, max_waiting_tokens, kEngine.max_waiting_tokens,
+          "tokens of prompts that may wait, beyond the first; more are refused with RESOURCE_EXHAUSTED");
 ABSL_FLAG(int64_t, max_prompt_bytes, kEngine.max_prompt_bytes, "bytes of one prompt's text");
 ABSL_FLAG(int, tokenizer_threads, kEngine.tokenizer_threads, "threads that encode prompts");
 ABSL_FLAG(int, loader_threads, kEngine.loader_threads, "threads that read the checkpoint; 0: one per core, at most 8");
@@ -198,6 +200,7 @@ absl::StatusOr<Options> ParseCommandLine(int argc, char** argv) {
   engine.max_batch_tokens = absl::GetFlag(FLAGS_max_batch_tokens);
   engine.max_sequences = absl::GetFlag(FLAGS_max_sequences);
   engine.max_waiting = absl::GetFlag(FLAGS_max_waiting);
+  engine.max_waiting_tokens = absl::GetFlag(FLAGS_max_waiting_tokens);
   engine.max_prompt_bytes = absl::GetFlag(FLAGS_max_prompt_bytes);
   engine.tokenizer_threads = absl::GetFlag(FLAGS_tokenizer_threads);
   engine.loader_threads = absl::GetFlag(FLAGS_loader_threads);

@@ -3,6 +3,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
 #include "engine/model/json.h"
+#include "engine/tokenizer/added_tokens.h"
 #include "engine/tokenizer/sentencepiece_model.h"
 #include "engine/tokenizer/tokenizer.h"
 
@@ -21,37 +22,45 @@ class SentencePieceTokenizer final : public Tokenizer {
     model_ = SentencePieceModel::Parse(*model, &error);
     if (model_ == nullptr) return absl::InvalidArgumentError(absl::StrCat(path, ": is not a SentencePiece model: ", error));
     // One table, so that decoding needs no library call for each token.
-    for (int id = 0; id < model_->size(); ++id) bytes_.push_back(BytesOf(id));
-    std::vector<int> ids;
-    if (model_->Encode("a", &ids, &error) && !ids.empty()) adds_leading_space_ = bytes_[ids.front()].starts_with(" ");
+    for (int id = 0; id < model_->size(); ++id) {
+      bytes_.push_back(BytesOf(id));
+      if (model_->kind(id) == PieceKind::kSpecial) specials_.Add({.id = id, .content = model_->piece(id), .special = true}, model_->piece(id));
+    }
+    std::vector<int> plain, spaced;
+    if (!model_->Encode("a", &plain, &error) || !model_->Encode("  a", &spaced, &error) || plain.empty()) return absl::OkStatus();
+    removes_spaces_ = plain == spaced;
+    drops_space_ = removes_spaces_ || bytes_[plain.front()].starts_with(" ");
     return absl::OkStatus();
   }
 
   std::string_view name() const override { return "sentencepiece"; }
   int vocab_size() const override { return model_->size(); }
-  absl::StatusOr<std::vector<int32_t>> Encode(const std::string& text) const override {
-    std::vector<int> ids;
-    std::string error;
-    if (!model_->Encode(text, &ids, &error)) return absl::InvalidArgumentError(absl::StrCat("text: ", error));
-    return std::vector<int32_t>(ids.begin(), ids.end());
+  // Between special tokens, each part is a text by itself.
+  absl::StatusOr<std::vector<int32_t>> Encode(const std::string& text, const EncodeOptions& options) const override {
+    std::vector<int32_t> ids;
+    const auto on_text = [&](std::string_view part, size_t) -> absl::Status {
+      std::vector<int> found;
+      std::string error;
+      if (!model_->Encode(std::string(part), &found, &error)) return absl::InvalidArgumentError(absl::StrCat("text: ", error));
+      ids.insert(ids.end(), found.begin(), found.end());
+      return absl::OkStatus();
+    };
+    if (absl::Status s = specials_.Split(text, 0, options, on_text, [&](int32_t id) { ids.push_back(id); }); !s.ok()) return s;
+    return ids;
   }
   std::string TokenBytes(int32_t id) const override { return Known(id) ? bytes_[id] : std::string(); }
-  bool IsSpecial(int32_t id) const override { return !Known(id) || model_->kind(id) == PieceKind::kSpecial; }
-  std::string Decode(const std::vector<int32_t>& ids, bool keep_special) const override {
-    std::string text;
-    for (const int32_t id : ids) {
-      if (!Known(id)) continue;
-      if (IsSpecial(id)) {
-        if (keep_special) text += model_->piece(id);
-        continue;
-      }
-      const bool first = text.empty();
-      text += bytes_[id];
-      if (first && adds_leading_space_ && text.starts_with(" ")) text.erase(0, 1);
-    }
-    return text;
+  std::string FirstTokenBytes(int32_t id, bool* still_first) const override {
+    std::string bytes = TokenBytes(id);
+    *still_first = false;
+    if (!drops_space_ || !Known(id) || model_->kind(id) != PieceKind::kNormal) return bytes;
+    const bool dropped = bytes.starts_with(' ');
+    if (dropped) bytes.erase(0, 1);
+    *still_first = bytes.empty() && (removes_spaces_ || !dropped);
+    return bytes;
   }
-  bool adds_leading_space() const override { return adds_leading_space_; }
+  bool IsSpecial(int32_t id) const override { return !Known(id) || model_->kind(id) == PieceKind::kSpecial; }
+  std::string SpecialName(int32_t id) const override { return Known(id) && IsSpecial(id) ? model_->piece(id) : std::string(); }
+  BrokenUtf8 broken_utf8() const override { return BrokenUtf8::kEachByte; }
   std::optional<int32_t> bos_id() const override { return IdOrNone(model_->bos_id()); }
   std::optional<int32_t> eos_id() const override { return IdOrNone(model_->eos_id()); }
 
@@ -75,7 +84,9 @@ class SentencePieceTokenizer final : public Tokenizer {
 
   std::unique_ptr<SentencePieceModel> model_;
   std::vector<std::string> bytes_;
-  bool adds_leading_space_ = false;
+  AddedTokens specials_;
+  bool removes_spaces_ = false;  // at the start of a text, all of them
+  bool drops_space_ = false;     // one: the one that encoding puts there
 };
 
 }  // namespace

@@ -2,28 +2,74 @@
 
 #include <unistd.h>
 
+#include <fstream>
+
 #include "absl/strings/str_cat.h"
 
 namespace memserve::engine {
+namespace {
+
+bool Exists(const std::string& path) { return access(path.c_str(), F_OK) == 0; }
+
+// A rank file begins "IQ== 0"; a SentencePiece model with a tag of protobuf.
+bool IsRankFile(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  char begin[64] = {};
+  file.read(begin, sizeof(begin) - 1);
+  const std::string_view line = std::string_view(begin).substr(0, std::string_view(begin).find('\n'));
+  const size_t space = line.find(' ');
+  if (space == std::string_view::npos || space == 0 || space % 4 != 0 || space + 1 == line.size()) return false;
+  return line.substr(space + 1).find_first_not_of("0123456789\r") == std::string_view::npos;
+}
+
+// What config.json leaves open. tokenizer.json comes first: it has the tokens that were added since.
+std::string KindByFiles(const std::string& folder) {
+  if (Exists(absl::StrCat(folder, "/tokenizer.json"))) return "bpe";
+  const std::string model = absl::StrCat(folder, "/tokenizer.model");
+  if (!Exists(model)) return "none";
+  return IsRankFile(model) ? "tiktoken" : "sentencepiece";
+}
+
+}  // namespace
+
+std::string Tokenizer::Decode(const std::vector<int32_t>& ids, bool keep_special) const {
+  Detokenizer detokenizer(*this, /*at_start=*/true, keep_special);
+  std::string text;
+  for (const int32_t id : ids) text += detokenizer.Append(id);
+  return text + detokenizer.Finish();
+}
+
+std::string Detokenizer::Append(int32_t id) {
+  if (tokenizer_.IsSpecial(id)) {
+    if (!keep_special_) return "";
+    const std::string name = tokenizer_.SpecialName(id);
+    first_ = first_ && name.empty();
+    return joiner_.Append(name);
+  }
+  return joiner_.Append(first_ ? tokenizer_.FirstTokenBytes(id, &first_) : tokenizer_.TokenBytes(id));
+}
 
 absl::StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const std::string& folder, const std::string& kind, int vocab_size) {
   const std::string model = absl::StrCat(folder, "/tokenizer.model");
-  const bool has_model = access(model.c_str(), F_OK) == 0;
-  std::unique_ptr<Tokenizer> tokenizer;
-  if (kind == "bytes") {
-    tokenizer = NewByteTokenizer();
-  } else if (kind == "sentencepiece" || (kind.empty() && has_model)) {
-    absl::StatusOr<std::unique_ptr<Tokenizer>> loaded = LoadSentencePiece(model);
-    if (!loaded.ok()) return loaded.status();
-    tokenizer = *std::move(loaded);
-  } else {
-    return tokenizer;
+  const std::string chosen = kind.empty() ? KindByFiles(folder) : kind;
+  absl::StatusOr<std::unique_ptr<Tokenizer>> loaded = nullptr;
+  if (chosen == "bytes") {
+    loaded = NewByteTokenizer();
+  } else if (chosen == "sentencepiece") {
+    loaded = LoadSentencePiece(model);
+  } else if (chosen == "tiktoken") {
+    loaded = LoadTiktoken(model);
+  } else if (chosen == "bpe") {
+    loaded = LoadBpe(absl::StrCat(folder, "/tokenizer.json"));
+    // A Unigram model, say, that has its SentencePiece file beside it.
+    if (absl::IsUnimplemented(loaded.status()) && kind.empty() && Exists(model) && !IsRankFile(model)) loaded = LoadSentencePiece(model);
   }
-  if (tokenizer->vocab_size() > vocab_size) {
-    return absl::InvalidArgumentError(absl::StrCat(folder, ": the tokenizer has ", tokenizer->vocab_size(),
+  if (!loaded.ok() || *loaded == nullptr) return loaded;
+  if ((*loaded)->vocab_size() > vocab_size) {
+    return absl::InvalidArgumentError(absl::StrCat(folder, ": the tokenizer has ", (*loaded)->vocab_size(),
                                                    " tokens; config.json gives the model vocab_size ", vocab_size));
   }
-  return tokenizer;
+  return loaded;
 }
 
 }  // namespace memserve::engine

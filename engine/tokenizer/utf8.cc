@@ -1,6 +1,7 @@
 #include "engine/tokenizer/utf8.h"
 
 #include <cstdint>
+#include <cstring>
 
 namespace memserve::engine {
 namespace {
@@ -48,8 +49,11 @@ std::string Utf8Joiner::Append(std::string_view bytes) {
   while (at < held_.size()) {
     const Start start = NextCharacter(std::string_view(held_).substr(at));
     if (start.unfinished) break;
-    if (start.valid) out.append(held_, at, start.length);
-    else out.append(kReplacement);
+    if (start.valid) {
+      out.append(held_, at, start.length);
+    } else {
+      for (size_t i = 0; i < (broken_ == BrokenUtf8::kEachByte ? start.length : 1); ++i) out.append(kReplacement);
+    }
     at += start.length;
   }
   held_.erase(0, at);
@@ -57,15 +61,36 @@ std::string Utf8Joiner::Append(std::string_view bytes) {
 }
 
 std::string Utf8Joiner::Finish() {
-  const bool broken = !held_.empty();
+  std::string out;
+  const size_t parts = held_.empty() ? 0 : broken_ == BrokenUtf8::kEachByte ? held_.size() : 1;
+  for (size_t i = 0; i < parts; ++i) out.append(kReplacement);
   held_.clear();
-  return broken ? kReplacement : "";
+  return out;
 }
 
 std::string ToValidUtf8(std::string_view bytes) {
   Utf8Joiner joiner;
   std::string text = joiner.Append(bytes);
   return text + joiner.Finish();
+}
+
+size_t FindBrokenUtf8(std::string_view bytes) {
+  size_t at = 0;
+  while (at < bytes.size()) {
+    // Eight bytes of ASCII at once: most texts are mostly that.
+    uint64_t word = 0;
+    if (at + sizeof(word) <= bytes.size()) {
+      std::memcpy(&word, bytes.data() + at, sizeof(word));
+      if ((word & 0x8080808080808080u) == 0) {
+        at += sizeof(word);
+        continue;
+      }
+    }
+    const Start start = NextCharacter(bytes.substr(at));
+    if (!start.valid) return at;
+    at += start.length;
+  }
+  return std::string_view::npos;
 }
 
 }  // namespace memserve::engine

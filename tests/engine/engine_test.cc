@@ -5,9 +5,14 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <filesystem>
+#include <fstream>
+#include <functional>
 #include <thread>
 
+#include "engine/retry_after.h"
 #include "tests/support/collector.h"
+#include "nlohmann/json.hpp"
 #include "tests/support/golden.h"
 
 namespace memserve::engine {
@@ -70,6 +75,20 @@ TEST_P(GoldenEngineTest, GreedyTokensEqualTheOriginalsAloneAndAllAtOnce) {
   ASSERT_FALSE(alone.empty());
   EXPECT_EQ(GenerateAll(*engine, requests), alone);
   ExpectNoPagesLeft(*engine);
+}
+
+TEST_P(GoldenEngineTest, TextsContinueAsTheirTokensDo) {
+  const GoldenCase golden = LoadGolden(GetParam());
+  const std::unique_ptr<Engine> engine = Start(Options(GetParam()));
+  int texts = 0;
+  for (const GoldenSequence& sequence : golden.sequences) {
+    if (sequence.greedy_tokens.empty() || !sequence.text) continue;
+    GenerateRequest request = GreedyRequest({}, static_cast<int>(sequence.greedy_tokens.size()));
+    request.prompt = *sequence.text;
+    EXPECT_EQ(Generate(*engine, request).token_ids, sequence.greedy_tokens) << sequence.name;
+    ++texts;
+  }
+  EXPECT_GT(texts, 0);
 }
 
 TEST_P(GoldenEngineTest, ScoresEqualTheOriginalsLogLikelihoods) {
@@ -145,7 +164,9 @@ TEST_P(InvarianceTest, AnswersDependOnTheRequestAlone) {
   options.weight_dtype = variation.weight_dtype;
   options.activation_dtype = variation.activation_dtype;
   options.threads = 1;
-  const std::vector<Generated> expected = OneByOne(*Start(options), requests);
+  std::vector<GenerateRequest> uncached = requests;
+  for (GenerateRequest& request : uncached) request.scheduling.prefix_cache = false;
+  const std::vector<Generated> expected = OneByOne(*Start(options), uncached);
   for (const Generated& generated : expected) ASSERT_TRUE(generated.finished.ok()) << generated.finished.status();
 
   options.threads = variation.threads;
@@ -156,13 +177,20 @@ TEST_P(InvarianceTest, AnswersDependOnTheRequestAlone) {
   if (variation.tight_cache) options.kv_cache_bytes = 1 << 18;
   const std::unique_ptr<Engine> engine = Start(options);
   ASSERT_NE(engine, nullptr);
-  const std::vector<Generated> found = GenerateAll(*engine, requests);
-  for (size_t i = 0; i < requests.size(); ++i) {
-    EXPECT_EQ(found[i].token_ids, expected[i].token_ids) << "request " << i;
-    EXPECT_EQ(found[i].logprobs, expected[i].logprobs) << "request " << i;
-    EXPECT_EQ(found[i].text, expected[i].text) << "request " << i;
+  for (const char* cache : {"cold", "warm"}) {
+    const std::vector<Generated> found = GenerateAll(*engine, requests);
+    for (size_t i = 0; i < requests.size(); ++i) {
+      EXPECT_EQ(found[i].token_ids, expected[i].token_ids) << "request " << i << ", cache " << cache;
+      EXPECT_EQ(found[i].logprobs, expected[i].logprobs) << "request " << i << ", cache " << cache;
+      EXPECT_EQ(found[i].text, expected[i].text) << "request " << i << ", cache " << cache;
+    }
   }
   ExpectNoPagesLeft(*engine);
+  if (variation.tight_cache) {
+    EXPECT_GT(engine->load().preemptions, 0);
+  } else {
+    EXPECT_GT(engine->load().cached_tokens, 0) << "the second time prompts are found";
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Axes, InvarianceTest,
@@ -176,6 +204,7 @@ INSTANTIATE_TEST_SUITE_P(Axes, InvarianceTest,
                                            Variation{.name = "TwoStepsInFlight", .golden = "A", .step_depth = 2},
                                            Variation{.name = "TwoInFlightSmallChunks", .golden = "A", .max_batch_tokens = 5, .step_depth = 2},
                                            Variation{.name = "TightCache", .golden = "A", .tight_cache = true},
+                                           Variation{.name = "TightCacheTwoInFlight", .golden = "A", .max_batch_tokens = 9, .step_depth = 2, .tight_cache = true},
                                            Variation{.name = "OwnTables", .golden = "B", .max_batch_tokens = 19},
                                            Variation{.name = "Peer", .golden = "D", .max_batch_tokens = 19},
                                            Variation{.name = "Dense", .golden = "E", .max_batch_tokens = 19},
@@ -347,7 +376,14 @@ TEST(EngineTest, WrongRequestsNameFieldValueAndLimit) {
 }
 
 TEST(EngineTest, ACheckpointWithoutTokenizerTakesIdsAndSaysSoForText) {
-  const std::unique_ptr<Engine> engine = Start(Options("H"));
+  const std::string folder = ::testing::TempDir() + "/no_tokenizer";
+  std::filesystem::remove_all(folder);
+  std::filesystem::copy(std::string(MEMSERVE_GOLDEN_DIR) + "/H/checkpoint", folder);
+  std::ifstream config_file(folder + "/config.json");
+  nlohmann::json config = nlohmann::json::parse(config_file);
+  config["tokenizer"] = "none";
+  std::ofstream(folder + "/config.json") << config;
+  const std::unique_ptr<Engine> engine = Start(ParityOptions(folder));
   GenerateRequest request = GreedyRequest({}, 4);
   request.prompt = "text";
   const absl::Status status = Generate(*engine, request).finished.status();
@@ -399,6 +435,98 @@ TEST(EngineTest, ADeadlineEndsAGenerationAndFreesItsPages) {
     if (generated.finished.ok()) continue;
     EXPECT_EQ(generated.finished.status().code(), absl::StatusCode::kDeadlineExceeded);
   }
+  ExpectNoPagesLeft(*engine);
+}
+
+TEST(EngineTest, APromptSeenBeforeIsFoundAndCountedUnderItsOwnSaltAndMemoryMode) {
+  const std::unique_ptr<Engine> engine = Start(Options("A"));
+  const std::vector<int32_t> prompt(50, 7);
+  const auto cached_tokens = [&](const std::function<void(GenerateRequest&)>& change) {
+    GenerateRequest request = GreedyRequest(prompt, 3);
+    change(request);
+    return Generate(*engine, request).finished.value().usage.cached_tokens;
+  };
+  const auto as_it_is = [](GenerateRequest&) {};
+  EXPECT_EQ(cached_tokens([](GenerateRequest& r) { r.scheduling.prefix_cache = false; }), 0);
+  EXPECT_EQ(cached_tokens(as_it_is), 0) << "who keeps out of the cache leaves nothing there";
+  EXPECT_EQ(cached_tokens(as_it_is), 48);
+  EXPECT_EQ(cached_tokens([](GenerateRequest& r) { r.scheduling.prefix_cache = false; }), 0);
+  EXPECT_EQ(cached_tokens([](GenerateRequest& r) { r.scheduling.cache_salt = "b"; }), 0);
+  EXPECT_EQ(cached_tokens([](GenerateRequest& r) { r.memory.enabled = false; }), 0);
+  EXPECT_EQ(cached_tokens([](GenerateRequest& r) { r.prompt = std::vector<int32_t>(32, 7); }), 16) << "the last token is computed";
+  EXPECT_EQ(engine->load().cached_tokens, 64);
+  EXPECT_GT(engine->load().kv_pages_cached, 0);
+}
+
+TEST(EngineTest, ContinuationsShareTheirContextAndScoreAsTheyDoAlone) {
+  EngineOptions options = Options("A");
+  options.max_batch_tokens = 16;
+  const std::unique_ptr<Engine> engine = Start(options);
+  ScoreRequest request;
+  std::vector<int32_t> context;
+  for (int i = 0; i < 70; ++i) context.push_back(i * 31 % 250);
+  request.context = context;
+  request.continuations = {std::vector<int32_t>{1, 2, 3}, std::vector<int32_t>{4}, std::vector<int32_t>{1, 2, 9, 9}};
+  const int64_t before = engine->load().prompt_tokens;
+  const ScoreResult together = Score(*engine, request).value();
+  EXPECT_LT(engine->load().prompt_tokens - before, 70 + 3 * 20) << "the context is computed once";
+  for (size_t i = 0; i < request.continuations.size(); ++i) {
+    ScoreRequest one = request;
+    one.continuations = {request.continuations[i]};
+    one.scheduling.prefix_cache = false;
+    const ScoreResult alone = Score(*engine, one).value();
+    EXPECT_EQ(together.scores[i].token_logprobs, alone.scores[0].token_logprobs);
+    EXPECT_EQ(alone.usage.cached_tokens, 0);
+  }
+  EXPECT_EQ(Score(*engine, request)->usage.cached_tokens, 64);
+}
+
+TEST(EngineTest, AHigherPriorityIsAnsweredBeforeWhatWaits) {
+  EngineOptions options = Options("A");
+  options.max_sequences = 1;
+  const std::unique_ptr<Engine> engine = Start(options);
+  std::vector<std::shared_ptr<Collector>> low;
+  for (int i = 0; i < 8; ++i) {
+    low.push_back(std::make_shared<Collector>());
+    engine->Generate(GreedyRequest({1, 2, i}, 100), low.back());
+  }
+  GenerateRequest urgent = GreedyRequest({9, 9}, 2);
+  urgent.scheduling.priority = 5;
+  const Generated answer = Generate(*engine, urgent);
+  EXPECT_TRUE(answer.finished.ok());
+  EXPECT_GE(engine->load().requests, 2) << "most of the others are still at it";
+  for (const auto& collector : low) {
+    const Generated& generated = collector->Wait();
+    EXPECT_TRUE(generated.finished.ok());
+    EXPECT_EQ(generated.token_ids.size(), 100u) << "preempted, not cut short";
+  }
+}
+
+TEST(EngineTest, WhatCannotBeDoneInTimeOrWouldWaitTooLongIsRefusedOnArrival) {
+  EngineOptions options = Options("A");
+  options.max_sequences = 1;
+  options.max_waiting_tokens = 400;
+  const std::unique_ptr<Engine> engine = Start(options);
+  Generate(*engine, GreedyRequest(std::vector<int32_t>(200, 3), 1));  // from here on the engine knows what a prompt costs
+  auto running = std::make_shared<Collector>();
+  engine->Generate(GreedyRequest({1}, 250), running);
+  std::vector<GenerateRequest> requests(6, GreedyRequest(std::vector<int32_t>(200, 4), 1));
+  const std::vector<Generated> answers = GenerateAll(*engine, requests);
+  int refused = 0;
+  for (const Generated& answer : answers) {
+    if (answer.finished.ok()) continue;
+    ++refused;
+    EXPECT_EQ(answer.finished.status().code(), absl::StatusCode::kResourceExhausted);
+    EXPECT_THAT(std::string(answer.finished.status().message()), HasSubstr("max_waiting_tokens: "));
+    EXPECT_TRUE(RetryAfter(answer.finished.status()).has_value());
+  }
+  EXPECT_GE(refused, 1);
+  running->Wait();
+
+  GenerateRequest hurried = GreedyRequest(std::vector<int32_t>(250, 5), 1);
+  hurried.deadline = absl::Now() + absl::Microseconds(300);
+  const absl::Status late = Generate(*engine, hurried).finished.status();
+  EXPECT_EQ(late.code(), absl::StatusCode::kDeadlineExceeded);
   ExpectNoPagesLeft(*engine);
 }
 

@@ -45,6 +45,76 @@ TEST(KvCacheTest, PagesForRoundsUp) {
   EXPECT_EQ(cache.PagesFor(17), 2);
 }
 
+KvCache::Chain ChainOf(const std::string& root) { return {.root = std::make_shared<const std::string>(root)}; }
+
+TEST(KvCacheTest, FindsPagesByRootPlaceAndTokens) {
+  KvCache cache(8, 2);
+  std::vector<int32_t> pages, found;
+  ASSERT_TRUE(cache.Allocate(2, &pages));
+  KvCache::Chain chain = ChainOf("a");
+  cache.Publish(pages[0], {1, 2}, &chain);
+  cache.Publish(pages[1], {1, 2}, &chain);
+  const std::vector<int32_t> tokens = {1, 2, 1, 2, 1, 2};
+  KvCache::Chain reader = ChainOf("a");
+  EXPECT_EQ(cache.TakePrefix(tokens, 3, &reader, &found), 2);
+  EXPECT_EQ(found, pages);
+  cache.Release(&found);
+  reader = ChainOf("a");
+  EXPECT_EQ(cache.TakePrefix(tokens, 1, &reader, &found), 1) << "no more than was asked for";
+  cache.Release(&found);
+  reader = ChainOf("b");
+  EXPECT_EQ(cache.TakePrefix(tokens, 3, &reader, &found), 0) << "another root";
+  reader = ChainOf("a");
+  EXPECT_EQ(cache.TakePrefix(std::vector<int32_t>{2, 1, 1, 2}, 2, &reader, &found), 0) << "other tokens";
+}
+
+TEST(KvCacheTest, GivesAwayTheLeastRecentlyUsedEndsOfPrefixesFirst) {
+  KvCache cache(4, 1);
+  const auto keep = [&](const std::string& root) {
+    std::vector<int32_t> pages;
+    EXPECT_TRUE(cache.Allocate(2, &pages));
+    KvCache::Chain chain = ChainOf(root);
+    cache.Publish(pages[0], {1}, &chain);
+    cache.Publish(pages[1], {2}, &chain);
+    cache.Release(&pages);
+  };
+  const auto found = [&](const std::string& root) {
+    std::vector<int32_t> pages;
+    KvCache::Chain chain = ChainOf(root);
+    const int64_t count = cache.TakePrefix(std::vector<int32_t>{1, 2}, 2, &chain, &pages);
+    cache.Release(&pages);
+    return count;
+  };
+  keep("a");
+  keep("b");
+  EXPECT_EQ(cache.cached(), 4);
+  EXPECT_EQ(cache.used(), 0);
+  EXPECT_EQ(found("a"), 2) << "and so it was used last";
+  std::vector<int32_t> one;
+  ASSERT_TRUE(cache.Allocate(1, &one));
+  EXPECT_EQ(cache.cached(), 3);
+  EXPECT_EQ(found("b"), 1) << "it lost its end";
+  EXPECT_EQ(found("a"), 2);
+  ASSERT_TRUE(cache.Allocate(3, &one));
+  EXPECT_FALSE(cache.Allocate(1, &one));
+  EXPECT_EQ(found("a") + found("b"), 0);
+}
+
+TEST(KvCacheTest, APageOfTheSameContentStaysTheOneThatIsFoundAndTheChainGoesOnFromIt) {
+  KvCache cache(8, 1);
+  std::vector<int32_t> first, second, found;
+  ASSERT_TRUE(cache.Allocate(1, &first));
+  ASSERT_TRUE(cache.Allocate(2, &second));
+  KvCache::Chain a = ChainOf("x"), b = ChainOf("x"), reader = ChainOf("x");
+  cache.Publish(first[0], {1}, &a);
+  cache.Publish(second[0], {1}, &b);
+  cache.Publish(second[1], {2}, &b);
+  EXPECT_EQ(cache.TakePrefix(std::vector<int32_t>{1, 2}, 2, &reader, &found), 2);
+  EXPECT_EQ(found, (std::vector<int32_t>{first[0], second[1]}));
+  cache.Release(&second);
+  EXPECT_EQ(cache.cached(), 0) << "the copy was not published, the other is held";
+}
+
 // A plain model of the reference counts beside the cache, over random events.
 TEST(KvCacheTest, CountsAgreeWithAPlainModelOverRandomEvents) {
   constexpr int64_t kPages = 50;

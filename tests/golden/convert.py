@@ -90,7 +90,7 @@ MODEL_KEYS = (
     "rope_theta", "max_seqlen", "vocab_size", "weight_tying", "sliding_window",
 )  # fmt: skip
 
-TOKENIZERS = {"bytes": "bytes", "sp": "sentencepiece", "tiktoken": "none"}
+TOKENIZERS = {"bytes": "bytes", "sp": "sentencepiece", "tiktoken": "tiktoken"}
 
 
 def convert(source, target):
@@ -112,7 +112,7 @@ def convert(source, target):
     checkpoint.mkdir(parents=True, exist_ok=True)
     (checkpoint / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     write_safetensors(checkpoint / "model.safetensors", tensors)
-    if tokenizer == "sentencepiece":
+    if tokenizer in ("sentencepiece", "tiktoken"):
         shutil.copyfile(source / "consolidated/tokenizer.model", checkpoint / "tokenizer.model")
     for name in ("expected.json", "expected.safetensors"):
         shutil.copyfile(source / name, target / name)

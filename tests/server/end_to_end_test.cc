@@ -91,6 +91,26 @@ TEST_P(GoldenEndToEndTest, GreedyTokensAloneAndAllAtOnceAreTheReferences) {
   }
 }
 
+TEST_P(GoldenEndToEndTest, TextsGiveTheReferencesTokensAndContinuations) {
+  int texts = 0;
+  for (const testing::GoldenSequence& sequence : GreedySequences()) {
+    if (!sequence.text) continue;
+    SCOPED_TRACE(sequence.name);
+    grpc::ClientContext context;
+    v1::TokenizeRequest tokenize;
+    tokenize.set_text(*sequence.text);
+    tokenize.set_add_bos(true);
+    v1::TokenizeResponse ids;
+    ASSERT_TRUE(stub_->Tokenize(&context, tokenize, &ids).ok());
+    EXPECT_EQ(std::vector<int32_t>(ids.token_ids().begin(), ids.token_ids().end()), sequence.tokens);
+    v1::GenerateRequest request = Greedy(sequence);
+    request.set_text(*sequence.text);
+    EXPECT_EQ(Generate(*stub_, request).token_ids(), sequence.greedy_tokens);
+    ++texts;
+  }
+  EXPECT_GT(texts, 0);
+}
+
 TEST_P(GoldenEndToEndTest, ScoresAreTheReferencesLogLikelihoods) {
   for (const testing::GoldenSequence& sequence : golden_.sequences) {
     if (sequence.tokens.size() < 2) continue;

@@ -48,6 +48,7 @@ GoldenCase LoadGolden(const std::string& name) {
   for (const nlohmann::json& sequence : expected.at("sequences")) {
     GoldenSequence& read = golden.sequences.emplace_back();
     read.name = sequence.at("name");
+    if (const auto text = sequence.find("text"); text != sequence.end() && text->is_string()) read.text = text->get<std::string>();
     read.tokens = sequence.at("tokens").get<std::vector<int32_t>>();
     if (sequence.contains("loglikelihood")) read.loglikelihood = sequence.at("loglikelihood").get<std::vector<double>>();
     if (sequence.contains("greedy_tokens")) read.greedy_tokens = sequence.at("greedy_tokens").get<std::vector<int32_t>>();

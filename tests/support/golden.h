@@ -3,6 +3,7 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,7 @@ namespace memserve::testing {
 
 struct GoldenSequence {
   std::string name;
+  std::optional<std::string> text;     // that the tokens were encoded from, after one that begins the sequence
   std::vector<int32_t> tokens;
   std::vector<double> loglikelihood;   // [i]: of tokens[i + 1]
   std::vector<int32_t> greedy_tokens;  // 64, not stopped at the end of sequence; some cases have none

@@ -24,8 +24,10 @@ class GoldenTokenizerTest : public ::testing::TestWithParam<const char*> {};
 
 // ids = BOS + ids(text) + EOS, as the original tokenizers give them.
 TEST_P(GoldenTokenizerTest, EncodesAndDecodesAsTheOriginal) {
-  const std::unique_ptr<Tokenizer> tokenizer =
-      GetParam()[0] == 'F' ? LoadSentencePiece(Golden("F/checkpoint/tokenizer.model")).value() : NewByteTokenizer();
+  const std::string name = GetParam();
+  const std::unique_ptr<Tokenizer> tokenizer = name == "F"   ? LoadSentencePiece(Golden("F/checkpoint/tokenizer.model")).value()
+                                               : name == "H" ? LoadTiktoken(Golden("H/checkpoint/tokenizer.model")).value()
+                                                             : NewByteTokenizer();
   int encoded = 0;
   int decoded = 0;
   for (const nlohmann::json& entry : Cases(GetParam())) {
@@ -38,7 +40,7 @@ TEST_P(GoldenTokenizerTest, EncodesAndDecodesAsTheOriginal) {
       ++encoded;
     }
     const std::string text = tokenizer->Decode(ids, /*keep_special=*/false);
-    if (text == ToValidUtf8(text) && entry.at("text").is_string()) {
+    if (text.find("\xef\xbf\xbd") == std::string::npos && entry.at("text").is_string()) {
       EXPECT_EQ(text, entry.at("decoded_without_special").get<std::string>()) << entry.dump();
       ++decoded;
     }
@@ -47,7 +49,7 @@ TEST_P(GoldenTokenizerTest, EncodesAndDecodesAsTheOriginal) {
   EXPECT_GT(decoded, 5);
 }
 
-INSTANTIATE_TEST_SUITE_P(Cases, GoldenTokenizerTest, ::testing::Values("A", "F"));
+INSTANTIATE_TEST_SUITE_P(Cases, GoldenTokenizerTest, ::testing::Values("A", "F", "H"));
 
 TEST(TokenizerTest, TheBytesOfTokensJoinToTheText) {
   const std::unique_ptr<Tokenizer> tokenizer = LoadSentencePiece(Golden("F/checkpoint/tokenizer.model")).value();
@@ -55,8 +57,7 @@ TEST(TokenizerTest, TheBytesOfTokensJoinToTheText) {
     const std::vector<int32_t> ids = tokenizer->Encode(text).value();
     std::string joined;
     for (const int32_t id : ids) joined += tokenizer->TokenBytes(id);
-    if (tokenizer->adds_leading_space()) joined.erase(0, 1);
-    EXPECT_EQ(joined, text);
+    EXPECT_EQ(joined, " " + text);
     EXPECT_EQ(tokenizer->Decode(ids, false), text);
   }
   EXPECT_EQ(tokenizer->TokenBytes(*tokenizer->eos_id()), "");

@@ -1,0 +1,5 @@
+import sys
+
+from memserve.convert.cli import main
+
+sys.exit(main())

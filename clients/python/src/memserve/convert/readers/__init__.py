@@ -1,0 +1,1 @@
+"""Read foreign files. Nothing in them is ever executed, and every size they claim is held against the file."""
