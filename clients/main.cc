@@ -51,11 +51,17 @@ Flags of complete, repeat:
   --top_k=N                         the N most likely tokens only, 0: all (default: the checkpoint's, else 0)
   --top_p=X                         more than 0 and at most 1 (default: the checkpoint's, else 1)
   --seed=N                          default: the server draws one, and --stats shows it
+  --min_p=X --typical_p=X           0 to 1 (default: off); see the proto for these and for the penalties
+  --repetition_penalty=X            more than 0 (default 1)
+  --presence_penalty=X --frequency_penalty=X
+                                    -100 to 100 (default 0)
+  --min_tokens=N                    draw at least so many (default 0)
   --stop=TEXT                       end before this text; may be repeated
   --ignore_eos=on|off               go on after an end-of-sequence token (default off, of repeat: on)
 
 Flags of complete:
   --logprobs                        print a line per token: log-probability, id, text (JSON string)
+  --top_logprobs=N                  with --json: beside each token so many of the likeliest, at most 20
   --stats                           print counts and times to standard error (default: if that is a terminal)
 
 Flags of repeat:
@@ -116,6 +122,13 @@ std::optional<std::string> ReadCommandLine(int argc, char** argv, Options& optio
   flags.Add("temperature", "generate", "a number", Into(options.temperature));
   flags.Add("top_k", "generate", "a whole number", Into(options.top_k));
   flags.Add("top_p", "generate", "a number", Into(options.top_p));
+  flags.Add("min_p", "generate", "a number", Into(options.min_p));
+  flags.Add("typical_p", "generate", "a number", Into(options.typical_p));
+  flags.Add("repetition_penalty", "generate", "a number", Into(options.repetition_penalty));
+  flags.Add("presence_penalty", "generate", "a number", Into(options.presence_penalty));
+  flags.Add("frequency_penalty", "generate", "a number", Into(options.frequency_penalty));
+  flags.Add("min_tokens", "generate", "a whole number", Into(options.min_tokens));
+  flags.Add("top_logprobs", "complete", "a whole number", Into(options.top_logprobs));
   flags.Add("seed", "generate", "a whole number from 0 to 2^64-1", Into(options.seed));
   flags.Add("stop", "generate", "a text", Into(options.stop));
   flags.Add("ignore_eos", "generate", "on or off", Into(options.ignore_eos));

@@ -31,6 +31,8 @@ struct Options {
   std::optional<int32_t> top_k;
   std::optional<float> top_p;
   std::optional<uint64_t> seed;
+  std::optional<float> min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty;
+  std::optional<int32_t> min_tokens, top_logprobs;
   std::vector<std::string> stop;
   std::optional<bool> ignore_eos;
 

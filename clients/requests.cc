@@ -113,10 +113,17 @@ v1::GenerateRequest ToGenerateRequest(const Options& options) {
   if (options.top_k) sampling.set_top_k(*options.top_k);
   if (options.top_p) sampling.set_top_p(*options.top_p);
   if (options.seed) sampling.set_seed(*options.seed);
+  if (options.min_p) sampling.set_min_p(*options.min_p);
+  if (options.typical_p) sampling.set_typical_p(*options.typical_p);
+  if (options.repetition_penalty) sampling.set_repetition_penalty(*options.repetition_penalty);
+  if (options.presence_penalty) sampling.set_presence_penalty(*options.presence_penalty);
+  if (options.frequency_penalty) sampling.set_frequency_penalty(*options.frequency_penalty);
+  if (options.top_logprobs) request.mutable_output()->set_top_logprobs(*options.top_logprobs);
   v1::StopParams& stop = *request.mutable_stop();
   if (options.max_tokens) stop.set_max_tokens(*options.max_tokens);
   for (const std::string& text : options.stop) stop.add_strings(text);
   if (options.ignore_eos) stop.set_ignore_eos(*options.ignore_eos);
+  if (options.min_tokens) stop.set_min_tokens(*options.min_tokens);
   if (options.logprobs) {
     request.mutable_output()->set_logprobs(true);
     request.mutable_output()->set_token_bytes(true);

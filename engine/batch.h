@@ -2,12 +2,19 @@
 // rank; plain vectors, so that it can be sent to followers on other nodes and replayed.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "kernels/logit_adjustment.h"
 #include "kernels/sampling.h"
 
 namespace memserve::engine {
+
+// Limits of what one sequence asks for in a step (validate.h holds requests to them).
+inline constexpr int64_t kMaxTopLogprobs = 20;
+inline constexpr int64_t kMaxBiasedTokens = 1024;                        // by logit_bias, and as many banned
+inline constexpr int64_t kMostBiasEntries = 2 * kMaxBiasedTokens + 256;  // those, and the ids that stop
 
 struct Batch {
   int64_t step = 0;
@@ -28,17 +35,29 @@ struct Batch {
   std::vector<int32_t> logit_tokens;               // index of the token
   std::vector<kernels::SamplingSlot> sampling;     // [slots that sample]
   std::vector<int32_t> score_targets;              // [slots that are scored]: the token whose log-probability is asked for
+  std::vector<int32_t> top_logprobs;               // [slots that sample]: how many of the likeliest tokens are asked for; empty: none
+
+  // The first slots that sample have their logits adjusted before.  [num_adjusted]
+  std::vector<kernels::LogitAdjustment> adjustments;
+  std::vector<int32_t> seen_tokens, seen_counts;
+  std::vector<int32_t> bias_tokens;
+  std::vector<float> bias_values;
+  std::vector<uint32_t> masks;                     // [rows, ⌈vocab_size / 32⌉]
 
   int64_t num_tokens() const { return static_cast<int64_t>(token_ids.size()); }
   int64_t num_sequences() const { return static_cast<int64_t>(memory_knn.size()); }
   int64_t num_slots() const { return static_cast<int64_t>(logit_tokens.size()); }
   int64_t num_sampled() const { return static_cast<int64_t>(sampling.size()); }
+  int64_t num_adjusted() const { return static_cast<int64_t>(adjustments.size()); }
+  int64_t most_top_logprobs() const { return top_logprobs.empty() ? 0 : *std::max_element(top_logprobs.begin(), top_logprobs.end()); }
 };
 
 // What a step gives back.
 struct StepResult {
   std::vector<int32_t> tokens;         // [slots that sample]
   std::vector<float> logprobs;         // [slots that sample], of the token drawn
+  std::vector<int32_t> top_tokens;     // [slots that sample, most of top_logprobs], -1 beyond a slot's number
+  std::vector<float> top_logprobs;     // beside top_tokens
   std::vector<float> score_logprobs;   // [slots that are scored]
   std::vector<int32_t> score_greedy;   // [slots that are scored]: 1 where the target is the first choice
 };

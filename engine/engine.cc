@@ -221,7 +221,7 @@ class EngineImpl final : public Engine {
   bool TakeInbox();  // false: stopping, and nothing is left
   void EndMarked(absl::Time now);
   void Collect();
-  void OnDrawn(const std::shared_ptr<Sequence>& sequence, int32_t token, float logprob, absl::Time now);
+  void OnDrawn(const std::shared_ptr<Sequence>& sequence, const StepResult& result, size_t slot, absl::Time now);
   void OnScored(const std::shared_ptr<Sequence>& sequence, float logprob, bool greedy);
   void End(const std::shared_ptr<Sequence>& sequence, EngineEnd end);
   void Deliver(const std::shared_ptr<Sequence>& sequence, EngineEnd end);
@@ -490,6 +490,8 @@ absl::StatusOr<std::shared_ptr<Sequence>> EngineImpl::BuildSequence(const Genera
   s.top_p = request.sampling.top_p.value_or(generation_.top_p.value_or(1.0f));
   s.seed = request.sampling.seed.has_value() ? *request.sampling.seed : RandomBits();
   s.memory_knn = request.memory.enabled ? config_.memory.mem_knn : 0;
+  s.rules = LogitRules::New(request.sampling, s.temperature, s.stop_ids, request.stop.min_tokens, config_.vocab_size);
+  s.top_logprobs = request.top_logprobs;
   s.priority = request.scheduling.priority;
   s.chain.root = ChainRoot(request.scheduling, s.memory_knn, control->id);
   if (absl::Status status = CheckFits(s); !status.ok()) return status;
@@ -499,6 +501,7 @@ absl::StatusOr<std::shared_ptr<Sequence>> EngineImpl::BuildSequence(const Genera
   s.output = std::make_shared<OutputStream>(
       OutputOptions{.tokenizer = tokenizer_.get(),
                     .stop_strings = request.stop.strings,
+                    .min_tokens = request.stop.min_tokens,
                     .logprobs = request.logprobs,
                     .token_bytes = request.token_bytes,
                     .starts_text = nothing_before,
@@ -630,20 +633,31 @@ void EngineImpl::Collect() {
   step_times_.Add(plan.decodes, plan.batch.num_tokens() - plan.decodes, last_step_);
   prompt_tokens_ += plan.prompt_tokens;
   for (size_t i = 0; i < plan.sampled.size(); ++i) {
-    if (!plan.sampled[i]->ended) OnDrawn(plan.sampled[i], result->tokens[i], result->logprobs[i], now);
+    if (!plan.sampled[i]->ended) OnDrawn(plan.sampled[i], *result, i, now);
   }
   for (size_t i = 0; i < plan.scored.size(); ++i) {
     if (!plan.scored[i]->ended) OnScored(plan.scored[i], result->score_logprobs[i], result->score_greedy[i] != 0);
   }
 }
 
-void EngineImpl::OnDrawn(const std::shared_ptr<Sequence>& sequence, int32_t token, float logprob, absl::Time now) {
+// What of the likeliest tokens belongs to a slot.
+std::vector<TokenLogprob> TopLogprobsOf(const StepResult& result, size_t slot, int32_t count) {
+  std::vector<TokenLogprob> top;
+  const size_t most = result.top_tokens.size() / std::max<size_t>(1, result.tokens.size());
+  for (int32_t r = 0; r < count; ++r) top.push_back({result.top_tokens[slot * most + r], result.top_logprobs[slot * most + r]});
+  return top;
+}
+
+void EngineImpl::OnDrawn(const std::shared_ptr<Sequence>& sequence, const StepResult& result, size_t slot, absl::Time now) {
   Sequence& s = *sequence;
+  const int32_t token = result.tokens[slot];
   ++completion_tokens_;
   if (s.first_token == absl::InfiniteFuture()) s.first_token = now;
   s.tokens.push_back(token);
   const bool stops = std::find(s.stop_ids.begin(), s.stop_ids.end(), token) != s.stop_ids.end();
-  outputs_.push_back([output = s.output, token, logprob, stops] { output->OnToken(token, logprob, !stops); });
+  outputs_.push_back([output = s.output, token, logprob = result.logprobs[slot], stops, top = TopLogprobsOf(result, slot, s.top_logprobs)]() mutable {
+    output->OnToken(token, logprob, std::move(top), !stops);
+  });
   const bool full = static_cast<int64_t>(s.tokens.size()) - s.prompt_tokens >= s.max_draws;
   if (!stops && !full) return;
   EngineEnd end = {.reason = stops ? FinishReason::kStop : FinishReason::kLength};

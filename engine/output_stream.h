@@ -25,6 +25,7 @@ struct EngineEnd {
 struct OutputOptions {
   const Tokenizer* tokenizer = nullptr;  // null: ids only
   std::vector<std::string> stop_strings;
+  int32_t min_tokens = 0;  // no stop string is looked for before
   bool logprobs = false;
   bool token_bytes = false;
   bool starts_text = false;  // nothing stands before the first token
@@ -39,7 +40,7 @@ class OutputStream {
                std::function<void()> on_ended);
 
   // One token that was drawn. `shown` is false for a token that stops: it has no text.
-  void OnToken(int32_t id, float logprob, bool shown);
+  void OnToken(int32_t id, float logprob, std::vector<TokenLogprob> top, bool shown);
   void OnEnd(const EngineEnd& end);
 
  private:

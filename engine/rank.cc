@@ -35,7 +35,20 @@ absl::StatusOr<std::unique_ptr<Rank>> Rank::Build(const ModelConfig& config, con
     set.logprobs = workspace.Take(tokens, 1);
     set.score_logprobs = workspace.Take(tokens, 1);
     set.score_greedy = workspace.Take<int32_t>(tokens, 1);
+    // For requests that ask for more than most do: memory that is not touched costs nothing.
+    const int64_t sequences = options.max_sequences;
+    set.adjustments = workspace.Take<kernels::LogitAdjustment>(sequences, 1);
+    set.seen_tokens = workspace.Take<int32_t>(sequences, options.max_context_tokens);
+    set.seen_counts = workspace.Take<int32_t>(sequences, options.max_context_tokens);
+    set.bias_tokens = workspace.Take<int32_t>(sequences, kMostBiasEntries);
+    set.bias_values = workspace.Take(sequences, kMostBiasEntries);
+    set.masks = workspace.Take<uint32_t>(sequences, (config.vocab_size + 31) / 32);
+    set.top_counts = workspace.Take<int32_t>(sequences, 1);
+    set.top_tokens = workspace.Take<int32_t>(sequences, kMaxTopLogprobs);
+    set.top_logprobs = workspace.Take(sequences, kMaxTopLogprobs);
   }
+  rank->adjusted_ = workspace.Take(std::min(rank->model_->max_logit_rows(), options.max_sequences), config.vocab_size);
+  rank->ignored_ = workspace.Take<int32_t>(options.max_sequences, 1);
   rank->logits_ = workspace.Take(rank->model_->max_logit_rows(), config.vocab_size);
   plan.scratch_bytes = workspace.bytes();
 
@@ -107,6 +120,13 @@ ForwardContext Rank::CopyToDevice(const Batch& batch, const StepArrays& arrays) 
   copy(arrays.logit_tokens, batch.logit_tokens);
   copy(arrays.sampling, batch.sampling);
   copy(arrays.score_targets, batch.score_targets);
+  copy(arrays.adjustments, batch.adjustments);
+  copy(arrays.seen_tokens, batch.seen_tokens);
+  copy(arrays.seen_counts, batch.seen_counts);
+  copy(arrays.bias_tokens, batch.bias_tokens);
+  copy(arrays.bias_values, batch.bias_values);
+  copy(arrays.masks, batch.masks);
+  copy(arrays.top_counts, batch.top_logprobs);
   const int64_t tokens = batch.num_tokens();
   return {.backend = backend_.get(),
           .collective = collective_.get(),
@@ -118,20 +138,29 @@ ForwardContext Rank::CopyToDevice(const Batch& batch, const StepArrays& arrays) 
           .block_tables = {arrays.block_tables, {batch.num_sequences(), batch.pages_per_sequence}}};
 }
 
-// Logits in slices that fit their buffer; a slice holds slots that sample or slots that are scored, never both.
+// Logits in slices that fit their buffer; a slice holds slots of one kind: adjusted, sampled as they are, or scored.
 void Rank::SampleAndScore(const ForwardContext& context, const Batch& batch, const StepArrays& arrays) {
-  const int64_t vocab = config_->vocab_size;
+  const int64_t vocab = config_->vocab_size, adjusted = batch.num_adjusted();
   for (int64_t begin = 0; begin < batch.num_slots();) {
-    const bool samples = begin < batch.num_sampled();
-    const int64_t kind_end = samples ? batch.num_sampled() : batch.num_slots();
+    const int64_t kind_end = begin < adjusted ? adjusted : begin < batch.num_sampled() ? batch.num_sampled() : batch.num_slots();
     const int64_t count = std::min(model_->max_logit_rows(), kind_end - begin);
     const TensorView<float, 2> logits(logits_, {count, vocab});
     model_->Logits(context, {arrays.logit_tokens + begin, {count}}, logits);
-    if (samples) {
-      backend_->Sample({.logits = logits,
-                        .slots = {arrays.sampling + begin, {count}},
-                        .tokens = {arrays.sampled + begin, {count}},
-                        .logprobs = {arrays.logprobs + begin, {count}}});
+    if (begin < batch.num_sampled()) {
+      if (begin < adjusted) {
+        SampleAdjusted(batch, arrays, begin, logits);
+      } else {
+        backend_->Sample({.logits = logits,
+                          .slots = {arrays.sampling + begin, {count}},
+                          .tokens = {arrays.sampled + begin, {count}},
+                          .logprobs = {arrays.logprobs + begin, {count}}});
+      }
+      if (const int64_t most = batch.most_top_logprobs(); most > 0) {
+        backend_->TopLogprobs({.logits = logits,
+                               .counts = {arrays.top_counts + begin, {count}},
+                               .tokens = {arrays.top_tokens + begin * most, {count, most}},
+                               .logprobs = {arrays.top_logprobs + begin * most, {count, most}}});
+      }
     } else {
       const int64_t scored = begin - batch.num_sampled();
       backend_->TokenLogprob({.logits = logits,
@@ -141,6 +170,29 @@ void Rank::SampleAndScore(const ForwardContext& context, const Batch& batch, con
     }
     begin += count;
   }
+}
+
+// Draws from adjusted logits; the log-probability told is that of the model's own.
+void Rank::SampleAdjusted(const Batch& batch, const StepArrays& arrays, int64_t begin, TensorView<const float, 2> logits) {
+  const int64_t count = logits.dim(0), vocab = logits.dim(1), words = (vocab + 31) / 32;
+  const TensorView<float, 2> adjusted(adjusted_, {count, vocab});
+  const auto size = [](const auto& list) { return static_cast<int64_t>(list.size()); };
+  backend_->AdjustLogits({.logits = logits,
+                          .adjustments = {arrays.adjustments + begin, {count}},
+                          .seen_tokens = {arrays.seen_tokens, {size(batch.seen_tokens)}},
+                          .seen_counts = {arrays.seen_counts, {size(batch.seen_counts)}},
+                          .bias_tokens = {arrays.bias_tokens, {size(batch.bias_tokens)}},
+                          .bias_values = {arrays.bias_values, {size(batch.bias_values)}},
+                          .masks = {arrays.masks, {size(batch.masks) / words, words}},
+                          .out = adjusted});
+  backend_->Sample({.logits = adjusted,
+                    .slots = {arrays.sampling + begin, {count}},
+                    .tokens = {arrays.sampled + begin, {count}},
+                    .logprobs = {arrays.logprobs + begin, {count}}});
+  backend_->TokenLogprob({.logits = logits,
+                          .targets = {arrays.sampled + begin, {count}},
+                          .logprobs = {arrays.logprobs + begin, {count}},
+                          .is_greedy = {ignored_, {count}}});
 }
 
 absl::Status Rank::Execute(const Batch& batch, MemoryTrace* trace) {
@@ -159,6 +211,7 @@ absl::Status Rank::Execute(const Batch& batch, MemoryTrace* trace) {
   SampleAndScore(context, batch, arrays);
   in_flight_.push_back({.num_sampled = batch.num_sampled(),
                         .num_scored = batch.num_slots() - batch.num_sampled(),
+                        .most_top_logprobs = batch.most_top_logprobs(),
                         .set = set,
                         .event = backend_->Record()});
   return absl::OkStatus();
@@ -194,6 +247,8 @@ StepResult Rank::Collect() {
   };
   copy(result.tokens, arrays.sampled, step.num_sampled);
   copy(result.logprobs, arrays.logprobs, step.num_sampled);
+  copy(result.top_tokens, arrays.top_tokens, step.num_sampled * step.most_top_logprobs);
+  copy(result.top_logprobs, arrays.top_logprobs, step.num_sampled * step.most_top_logprobs);
   copy(result.score_logprobs, arrays.score_logprobs, step.num_scored);
   copy(result.score_greedy, arrays.score_greedy, step.num_scored);
   return result;

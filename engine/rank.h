@@ -77,12 +77,17 @@ class Rank {
     int32_t *token_ids, *from_slot, *positions, *sequence, *memory_knn, *block_tables, *logit_tokens, *score_targets;
     int64_t* kv_slots;
     kernels::SamplingSlot* sampling;
-    int32_t *sampled, *score_greedy;   // out
-    float *logprobs, *score_logprobs;  // out
+    kernels::LogitAdjustment* adjustments;
+    int32_t *seen_tokens, *seen_counts, *bias_tokens, *top_counts;
+    float* bias_values;
+    uint32_t* masks;
+    int32_t *sampled, *score_greedy, *top_tokens;     // out
+    float *logprobs, *score_logprobs, *top_logprobs;  // out
   };
   struct InFlight {
     int64_t num_sampled;
     int64_t num_scored;
+    int64_t most_top_logprobs;
     int set;
     kernels::Backend::Event event;
   };
@@ -94,6 +99,7 @@ class Rank {
                                                      kernels::Backend* backend, RankPlan& plan);
   ForwardContext CopyToDevice(const Batch& batch, const StepArrays& arrays);
   void SampleAndScore(const ForwardContext& context, const Batch& batch, const StepArrays& arrays);
+  void SampleAdjusted(const Batch& batch, const StepArrays& arrays, int64_t begin, kernels::TensorView<const float, 2> logits);
 
   const ModelConfig* config_ = nullptr;
   RankOptions options_;
@@ -104,7 +110,9 @@ class Rank {
   std::unique_ptr<Transformer> model_;
   std::vector<kernels::KvPages> pages_;  // [n_layers]
   StepArrays arrays_[2];
-  float* logits_ = nullptr;  // [max_logit_rows, vocab_size]
+  float* logits_ = nullptr;     // [max_logit_rows, vocab_size]
+  float* adjusted_ = nullptr;   // the same, of at most max_sequences rows
+  int32_t* ignored_ = nullptr;  // [max_sequences]
   int next_set_ = 0;
   std::vector<InFlight> in_flight_;
   std::vector<int32_t> token_knn_;  // host, scratch of CopyToDevice

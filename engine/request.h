@@ -23,6 +23,16 @@ struct SamplingParams {
   std::optional<int32_t> top_k;      // >= 0, 0: all
   std::optional<float> top_p;        // (0, 1]
   std::optional<uint64_t> seed;      // drawn when unset, and returned
+  // What follows changes the logits first: see kernels/logit_adjustment.h.
+  std::optional<float> min_p;               // [0, 1]; 0: off
+  std::optional<float> typical_p;           // (0, 1]; 1: off
+  std::optional<float> repetition_penalty;  // (0, 100]; 1: off
+  float presence_penalty = 0;               // [-100, 100]
+  float frequency_penalty = 0;              // [-100, 100]
+  int32_t penalty_window = 0;               // penalties look at so many tokens before; 0: at all
+  std::vector<std::pair<int32_t, float>> logit_bias;  // at most 1024 tokens, each once; [-1000, 1000]
+  std::vector<int32_t> allowed_token_ids;   // no others are drawn; empty: all
+  std::vector<int32_t> banned_token_ids;    // at most 1024
 };
 
 struct StopParams {
@@ -30,6 +40,7 @@ struct StopParams {
   std::vector<std::string> strings;    // at most 16 of 1 … 256 bytes
   std::vector<int32_t> token_ids;      // at most 64
   bool ignore_eos = false;
+  int32_t min_tokens = 0;              // before so many are drawn nothing that stops is drawn or matched; at most max_tokens
 };
 
 // What the memory layers do for one sequence.
@@ -52,6 +63,7 @@ struct GenerateRequest {
   StopParams stop;
   MemoryMode memory;
   bool logprobs = false;
+  int32_t top_logprobs = 0;  // beside each token so many of the likeliest; at most 20
   bool token_bytes = false;
   SchedulingParams scheduling;
   absl::Time deadline = absl::InfiniteFuture();
@@ -67,11 +79,17 @@ struct ScoreRequest {
   absl::Time deadline = absl::InfiniteFuture();
 };
 
+struct TokenLogprob {
+  int32_t token_id = 0;
+  float logprob = 0;
+};
+
 struct Delta {
   std::string text;  // whole UTF-8 characters; may be empty while text is held back
   std::vector<int32_t> token_ids;
   std::vector<float> logprobs;           // beside token_ids, if asked for
   std::vector<std::string> token_bytes;  // beside token_ids, if asked for
+  std::vector<std::vector<TokenLogprob>> top_logprobs;  // beside token_ids, if asked for: likeliest first
 };
 
 enum class FinishReason { kStop, kLength };

@@ -1,6 +1,7 @@
 #include "engine/scheduler.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "kernels/check.h"
 
@@ -13,7 +14,8 @@ int64_t Known(const Sequence& sequence) {
 
 // Tokens whose values are known or will be when this step runs, and which are not planned yet.
 int64_t Ready(const Sequence& sequence, int64_t step) {
-  const int64_t in_flight = sequence.last_draw_step == step - 1 && sequence.planned == static_cast<int64_t>(sequence.tokens.size()) ? 1 : 0;
+  // What was drawn last may change the logits of the next draw: then it must be known.
+  const int64_t in_flight = sequence.rules == nullptr && sequence.last_draw_step == step - 1 && sequence.planned == static_cast<int64_t>(sequence.tokens.size()) ? 1 : 0;
   return std::min(Known(sequence) + in_flight, sequence.most_tokens()) - sequence.planned;
 }
 
@@ -145,18 +147,37 @@ StepPlan Scheduler::Schedule(int64_t step, absl::Time now, int64_t prefill_limit
   }
   for (const Planned& p : planned) PlanTokens(p, step, now, plan);
 
-  // Slots that sample come first.
-  std::vector<int32_t>& scored = plan.batch.logit_tokens;
-  std::vector<int32_t> all;
-  for (size_t i = 0; i < plan.sampled.size(); ++i) all.push_back(plan.sampled[i]->last_draw_slot);
-  for (size_t i = 0; i < plan.sampled.size(); ++i) plan.sampled[i]->last_draw_slot = static_cast<int32_t>(i);
-  all.insert(all.end(), scored.begin(), scored.end());
-  plan.batch.logit_tokens = std::move(all);
+  OrderSlots(plan);
   return plan;
 }
 
-// Puts the next tokens of the sequence into the batch. Until Schedule has all slots, last_draw_slot holds the token's index in the
+// Slots that sample come first, and of them those whose logits are adjusted. Until here last_draw_slot holds the token's index in the
 // batch and batch.logit_tokens those of scored slots only.
+void Scheduler::OrderSlots(StepPlan& plan) {
+  Batch& batch = plan.batch;
+  std::vector<size_t> order(plan.sampled.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_partition(order.begin(), order.end(), [&](size_t i) { return plan.sampled[i]->rules != nullptr; });
+  std::vector<std::shared_ptr<Sequence>> sampled;
+  std::vector<kernels::SamplingSlot> sampling;
+  std::vector<int32_t> logit_tokens;
+  for (size_t slot = 0; slot < order.size(); ++slot) {
+    Sequence& s = *plan.sampled[order[slot]];
+    sampled.push_back(plan.sampled[order[slot]]);
+    sampling.push_back(batch.sampling[order[slot]]);
+    logit_tokens.push_back(s.last_draw_slot);
+    s.last_draw_slot = static_cast<int32_t>(slot);
+    if (s.rules != nullptr) s.rules->AddTo(batch, s.tokens, s.prompt_tokens);
+    batch.top_logprobs.push_back(s.top_logprobs);
+  }
+  if (std::all_of(batch.top_logprobs.begin(), batch.top_logprobs.end(), [](int32_t count) { return count == 0; })) batch.top_logprobs.clear();
+  logit_tokens.insert(logit_tokens.end(), batch.logit_tokens.begin(), batch.logit_tokens.end());
+  plan.sampled = std::move(sampled);
+  batch.sampling = std::move(sampling);
+  batch.logit_tokens = std::move(logit_tokens);
+}
+
+// Puts the next tokens of the sequence into the batch.
 void Scheduler::PlanTokens(const Planned& planned, int64_t step, absl::Time now, StepPlan& plan) {
   Sequence& s = *planned.sequence;
   Batch& batch = plan.batch;

@@ -68,6 +68,7 @@ class Scheduler {
   void Preempt(Queue::iterator victim);
   void PlanTokens(const Planned& planned, int64_t step, absl::Time now, StepPlan& plan);
   void PublishPages(Sequence& sequence);
+  void OrderSlots(StepPlan& plan);
 
   const SchedulerOptions options_;
   KvCache& cache_;

@@ -10,6 +10,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "engine/kv_cache.h"
+#include "engine/logit_rules.h"
 #include "engine/request.h"
 #include "kernels/sampling.h"
 
@@ -44,6 +45,8 @@ struct Sequence {
   float top_p = 1;
   uint64_t seed = 0;
   int32_t memory_knn = 0;
+  std::unique_ptr<LogitRules> rules;  // null: the logits stay as they are
+  int32_t top_logprobs = 0;
 
   int32_t priority = 0;               // higher goes first
   // Is not taken up before this sequence has computed the prompt (or ended), so that its pages can be shared. May be null.

@@ -1,6 +1,9 @@
 #include "engine/validate.h"
 
-#include <cmath>
+#include <algorithm>
+#include <optional>
+#include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 
@@ -42,6 +45,51 @@ absl::Status CheckPrompt(absl::string_view field, const Prompt& prompt, const Re
   return CheckIds(field, ids, limits.vocab_size);
 }
 
+// NaN is in no range.
+absl::Status CheckNumber(absl::string_view field, std::optional<float> value, float low, float high, bool with_low = true) {
+  if (!value || (with_low ? *value >= low : *value > low)) {
+    if (!value || *value <= high) return absl::OkStatus();
+  }
+  return Bad(field, absl::StrCat(*value, " is not in ", with_low ? "[" : "(", low, ", ", high, "]"));
+}
+
+absl::Status CheckLogitChanges(const SamplingParams& sampling, const RequestLimits& limits) {
+  for (const absl::Status& status : {CheckNumber("min_p", sampling.min_p, 0, 1), CheckNumber("typical_p", sampling.typical_p, 0, 1, false),
+                                     CheckNumber("repetition_penalty", sampling.repetition_penalty, 0, 100, false),
+                                     CheckNumber("presence_penalty", sampling.presence_penalty, -100, 100),
+                                     CheckNumber("frequency_penalty", sampling.frequency_penalty, -100, 100)}) {
+    if (!status.ok()) return status;
+  }
+  if (sampling.penalty_window < 0) return Bad("penalty_window", absl::StrCat(sampling.penalty_window, " is not at least 0"));
+  if (static_cast<int64_t>(sampling.logit_bias.size()) > kMaxBiasedTokens) {
+    return Bad("logit_bias", absl::StrCat("has ", sampling.logit_bias.size(), " tokens; at most ", kMaxBiasedTokens, " are accepted"));
+  }
+  std::vector<int32_t> biased;
+  for (const auto& [token, value] : sampling.logit_bias) {
+    biased.push_back(token);
+    if (absl::Status s = CheckNumber(absl::StrCat("logit_bias[", token, "]"), value, -1000, 1000); !s.ok()) return s;
+  }
+  if (static_cast<int64_t>(sampling.banned_token_ids.size()) > kMaxBiasedTokens) {
+    return Bad("banned_token_ids",
+               absl::StrCat("has ", sampling.banned_token_ids.size(), " ids; at most ", kMaxBiasedTokens, " are accepted"));
+  }
+  if (sampling.allowed_token_ids.size() > static_cast<size_t>(limits.vocab_size)) {
+    return Bad("allowed_token_ids",
+               absl::StrCat("has ", sampling.allowed_token_ids.size(), " ids; the vocabulary has ", limits.vocab_size));
+  }
+  for (const absl::Status& status :
+       {CheckIds("logit_bias", biased, limits.vocab_size), CheckIds("banned_token_ids", sampling.banned_token_ids, limits.vocab_size),
+        CheckIds("allowed_token_ids", sampling.allowed_token_ids, limits.vocab_size)}) {
+    if (!status.ok()) return status;
+  }
+  if (sampling.allowed_token_ids.empty()) return absl::OkStatus();
+  for (int32_t id : sampling.allowed_token_ids) {
+    const auto& banned = sampling.banned_token_ids;
+    if (std::find(banned.begin(), banned.end(), id) == banned.end()) return absl::OkStatus();
+  }
+  return Bad("allowed_token_ids", "all of them are banned: there is nothing to draw");
+}
+
 absl::Status CheckSampling(const SamplingParams& sampling) {
   if (sampling.temperature && !(*sampling.temperature >= 0 && *sampling.temperature <= 100)) {
     return Bad("temperature", absl::StrCat(*sampling.temperature, " is not in [0, 100]"));
@@ -55,6 +103,8 @@ absl::Status CheckSampling(const SamplingParams& sampling) {
 
 absl::Status CheckStop(const StopParams& stop, const RequestLimits& limits) {
   if (stop.max_tokens && *stop.max_tokens < 1) return Bad("max_tokens", absl::StrCat(*stop.max_tokens, " is not at least 1"));
+  const int32_t most = stop.max_tokens.value_or(limits.max_context_tokens);
+  if (stop.min_tokens < 0 || stop.min_tokens > most) return Bad("min_tokens", absl::StrCat(stop.min_tokens, " is not in [0, ", most, "]"));
   if (stop.strings.size() > kMaxStopStrings) {
     return Bad("stop.strings", absl::StrCat("has ", stop.strings.size(), " strings; at most ", kMaxStopStrings, " are accepted"));
   }
@@ -88,8 +138,12 @@ absl::Status CheckScheduling(const SchedulingParams& scheduling) {
 
 absl::Status Validate(const GenerateRequest& request, const RequestLimits& limits) {
   for (const absl::Status& status : {CheckId(request.id), CheckPrompt("prompt", request.prompt, limits), CheckSampling(request.sampling),
-                                     CheckStop(request.stop, limits), CheckScheduling(request.scheduling)}) {
+                                     CheckLogitChanges(request.sampling, limits), CheckStop(request.stop, limits),
+                                     CheckScheduling(request.scheduling)}) {
     if (!status.ok()) return status;
+  }
+  if (request.top_logprobs < 0 || request.top_logprobs > std::min<int64_t>(kMaxTopLogprobs, limits.vocab_size)) {
+    return Bad("top_logprobs", absl::StrCat(request.top_logprobs, " is not in [0, ", std::min<int64_t>(kMaxTopLogprobs, limits.vocab_size), "]"));
   }
   return absl::OkStatus();
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "absl/status/status.h"
+#include "engine/batch.h"
 #include "engine/engine.h"
 #include "engine/request.h"
 

@@ -21,6 +21,7 @@
 #include "kernels/embedding_bag.h"
 #include "kernels/gates.h"
 #include "kernels/layer_norm.h"
+#include "kernels/logit_adjustment.h"
 #include "kernels/matmul.h"
 #include "kernels/product_key_search.h"
 #include "kernels/rms_norm.h"
@@ -85,6 +86,8 @@ class Backend {
   virtual void SelectRows(const SelectRowsArgs& args) = 0;
   virtual void Sample(const SampleArgs& args) = 0;
   virtual void TokenLogprob(const TokenLogprobArgs& args) = 0;
+  virtual void AdjustLogits(const AdjustLogitsArgs& args) = 0;
+  virtual void TopLogprobs(const TopLogprobsArgs& args) = 0;
 };
 
 struct CpuBackendOptions {

@@ -1,5 +1,6 @@
 #include "server/convert.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -51,6 +52,17 @@ engine::SamplingParams ToSampling(const v1::SamplingParams& params) {
   if (params.has_top_k()) sampling.top_k = params.top_k();
   if (params.has_top_p()) sampling.top_p = params.top_p();
   if (params.has_seed()) sampling.seed = params.seed();
+  if (params.has_repetition_penalty()) sampling.repetition_penalty = params.repetition_penalty();
+  sampling.frequency_penalty = params.frequency_penalty();
+  sampling.presence_penalty = params.presence_penalty();
+  sampling.penalty_window = params.penalty_window();
+  sampling.logit_bias.assign(params.logit_bias().begin(), params.logit_bias().end());
+  // A map has no order of its own.
+  std::sort(sampling.logit_bias.begin(), sampling.logit_bias.end());
+  sampling.banned_token_ids.assign(params.banned_token_ids().begin(), params.banned_token_ids().end());
+  sampling.allowed_token_ids.assign(params.allowed_token_ids().begin(), params.allowed_token_ids().end());
+  if (params.has_min_p()) sampling.min_p = params.min_p();
+  if (params.has_typical_p()) sampling.typical_p = params.typical_p();
   return sampling;
 }
 
@@ -60,6 +72,7 @@ engine::StopParams ToStop(const v1::StopParams& params) {
   stop.strings.assign(params.strings().begin(), params.strings().end());
   stop.token_ids.assign(params.token_ids().begin(), params.token_ids().end());
   stop.ignore_eos = params.ignore_eos();
+  stop.min_tokens = params.min_tokens();
   return stop;
 }
 
@@ -115,6 +128,7 @@ absl::StatusOr<engine::GenerateRequest> ToEngine(const v1::GenerateRequest& requ
   result.scheduling = ToScheduling(request.scheduling());
   result.logprobs = request.output().logprobs();
   result.token_bytes = request.output().token_bytes();
+  result.top_logprobs = request.output().top_logprobs();
   result.deadline = deadline;
   return result;
 }
@@ -144,6 +158,13 @@ void Join(engine::Delta delta, v1::Delta& waiting) {
   waiting.mutable_token_ids()->Add(delta.token_ids.begin(), delta.token_ids.end());
   waiting.mutable_logprobs()->Add(delta.logprobs.begin(), delta.logprobs.end());
   for (std::string& bytes : delta.token_bytes) waiting.add_token_bytes(std::move(bytes));
+  for (const std::vector<engine::TokenLogprob>& top : delta.top_logprobs) {
+    v1::TopLogprobs& to = *waiting.add_top_logprobs();
+    for (const auto& [id, logprob] : top) {
+      to.add_token_ids(id);
+      to.add_logprobs(logprob);
+    }
+  }
 }
 
 v1::Finished ToProto(engine::Finished finished, const std::string& request_id) {

@@ -15,6 +15,7 @@ constexpr size_t kMaxJoinedBytes = 256 << 10;
 size_t SizeOf(const engine::Delta& delta) {
   size_t bytes = delta.text.size() + sizeof(int32_t) * delta.token_ids.size() + sizeof(float) * delta.logprobs.size();
   for (const std::string& token : delta.token_bytes) bytes += sizeof(std::string) + token.size();
+  for (const auto& top : delta.top_logprobs) bytes += sizeof(top) + top.size() * sizeof(top[0]);
   return bytes;
 }
 

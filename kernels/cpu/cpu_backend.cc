@@ -80,6 +80,8 @@ class CpuBackend final : public Backend {
   void SelectRows(const SelectRowsArgs& args) override;
   void Sample(const SampleArgs& args) override;
   void TokenLogprob(const TokenLogprobArgs& args) override;
+  void AdjustLogits(const AdjustLogitsArgs& args) override;
+  void TopLogprobs(const TopLogprobsArgs& args) override;
 
  private:
   static void Copy(void* to, const void* from, int64_t bytes) {
@@ -256,6 +258,18 @@ void CpuBackend::TokenLogprob(const TokenLogprobArgs& args) {
   MEMSERVE_CHECK_EQ(args.is_greedy.dim(0), slots);
   for (int64_t s = 0; s < slots; ++s) MEMSERVE_CHECK(args.targets(s) >= -1 && args.targets(s) < args.logits.dim(1));
   functions_.token_logprob(context_, args);
+}
+
+void CpuBackend::AdjustLogits(const AdjustLogitsArgs& args) {
+  MEMSERVE_CHECK(args.out.shape == args.logits.shape);
+  MEMSERVE_CHECK_EQ(args.adjustments.dim(0), args.logits.dim(0));
+  cpu::AdjustLogits(context_, args);
+}
+
+void CpuBackend::TopLogprobs(const TopLogprobsArgs& args) {
+  MEMSERVE_CHECK_EQ(args.counts.dim(0), args.logits.dim(0));
+  MEMSERVE_CHECK(args.tokens.shape == args.logprobs.shape && args.tokens.dim(0) == args.logits.dim(0));
+  functions_.top_logprobs(context_, args);
 }
 
 // The cores this process may run on.

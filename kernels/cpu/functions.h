@@ -14,6 +14,7 @@
 #include "kernels/gates.h"
 #include "kernels/layer_norm.h"
 #include "kernels/matmul.h"
+#include "kernels/logit_adjustment.h"
 #include "kernels/product_key_search.h"
 #include "kernels/rms_norm.h"
 #include "kernels/rope.h"
@@ -78,7 +79,11 @@ struct Functions {
   void (*row_dot)(Context&, const HostRowStore&, const RowDotArgs&);
   void (*sample)(Context&, const SampleArgs&);
   void (*token_logprob)(Context&, const TokenLogprobArgs&);
+  void (*top_logprobs)(Context&, const TopLogprobsArgs&);
 };
+
+// Plain code for all instruction sets: few slots want it.
+void AdjustLogits(Context& context, const AdjustLogitsArgs& args);
 
 // Each unit fills in its own; `index` is that of the instruction set in the dispatch tables.
 void AddElementwise(size_t index, Functions& functions);

@@ -343,6 +343,28 @@ void TokenLogprob(Context& context, const TokenLogprobArgs& args) {
   });
 }
 
+void TopLogprobs(Context& context, const TopLogprobsArgs& args) {
+  const int64_t slots = args.logits.dim(0), n = args.logits.dim(1), most_tokens = args.tokens.dim(1);
+  context.pool.ParallelFor(slots, slots * n * 1.0, [&](int64_t s, int thread) {
+    const int64_t count = args.counts(s);
+    MEMSERVE_CHECK(0 <= count && count <= std::min(most_tokens, n));
+    const float* logits = args.logits.data + s * n;
+    int32_t* tokens = args.tokens.data + s * most_tokens;
+    float* logprobs = args.logprobs.data + s * most_tokens;
+    std::fill(tokens + count, tokens + most_tokens, -1);
+    std::fill(logprobs + count, logprobs + most_tokens, 0.0f);
+    if (count == 0) return;
+    uint64_t* packed = context.of_thread[thread].Get<uint64_t>(n + kLanes);
+    LargestLogits(logits, n, count, packed);
+    const float most = NanIsLowest(logits[IdOf(packed[0])]);
+    const double total = LogTotal(logits, n, most);
+    for (int64_t r = 0; r < count; ++r) {
+      tokens[r] = static_cast<int32_t>(IdOf(packed[r]));
+      logprobs[r] = static_cast<float>(double{NanIsLowest(logits[tokens[r]])} - most - total);
+    }
+  });
+}
+
 }  // namespace memserve::kernels::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
@@ -351,10 +373,12 @@ namespace memserve::kernels::cpu {
 
 HWY_EXPORT(Sample);
 HWY_EXPORT(TokenLogprob);
+HWY_EXPORT(TopLogprobs);
 
 void AddSampling(size_t index, Functions& functions) {
   functions.sample = HWY_DISPATCH_TABLE(Sample)[index];
   functions.token_logprob = HWY_DISPATCH_TABLE(TokenLogprob)[index];
+  functions.top_logprobs = HWY_DISPATCH_TABLE(TopLogprobs)[index];
 }
 
 }  // namespace memserve::kernels::cpu

@@ -104,5 +104,7 @@ void GeluScale(const GeluScaleArgs& args);
 void SelectRows(const SelectRowsArgs& args);
 void Sample(const SampleArgs& args);
 void TokenLogprob(const TokenLogprobArgs& args);
+void AdjustLogits(const AdjustLogitsArgs& args);
+void TopLogprobs(const TopLogprobsArgs& args);
 
 }  // namespace memserve::kernels::reference

@@ -46,6 +46,8 @@ class ReferenceBackend final : public Backend {
   void SelectRows(const SelectRowsArgs& args) override { reference::SelectRows(args); }
   void Sample(const SampleArgs& args) override { reference::Sample(args); }
   void TokenLogprob(const TokenLogprobArgs& args) override { reference::TokenLogprob(args); }
+  void AdjustLogits(const AdjustLogitsArgs& args) override { reference::AdjustLogits(args); }
+  void TopLogprobs(const TopLogprobsArgs& args) override { reference::TopLogprobs(args); }
 
  private:
   static void Copy(void* to, const void* from, int64_t bytes) {

@@ -8,6 +8,8 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <limits>
+#include <set>
 #include <thread>
 
 #include "engine/retry_after.h"
@@ -129,6 +131,11 @@ std::vector<GenerateRequest> VariedRequests(const GoldenCase& golden) {
       if (i % 5 == 1) request.sampling.top_p = 0.7f;
     }
     request.memory.enabled = i % 4 != 3;
+    if (i % 6 == 1) request.sampling.repetition_penalty = 1.3f;
+    if (i % 6 == 2) request.sampling = {.temperature = 0.9f, .seed = 5u, .min_p = 0.05f, .presence_penalty = 0.4f, .penalty_window = 9};
+    if (i % 6 == 4) request.sampling.logit_bias = {{7, 2.5f}, {9, -3.0f}};
+    if (i % 6 == 5) request.sampling.typical_p = 0.8f;
+    if (i % 7 == 3) request.top_logprobs = 1 + i % 5;
     requests.push_back(std::move(request));
   }
   return requests;
@@ -436,6 +443,108 @@ TEST(EngineTest, ADeadlineEndsAGenerationAndFreesItsPages) {
     EXPECT_EQ(generated.finished.status().code(), absl::StatusCode::kDeadlineExceeded);
   }
   ExpectNoPagesLeft(*engine);
+}
+
+std::vector<int32_t> TokensOf(Engine& engine, const std::function<void(GenerateRequest&)>& change, int max_tokens = 30) {
+  GenerateRequest request = GreedyRequest({1, 2, 3}, max_tokens);
+  change(request);
+  const Generated generated = Generate(engine, request);
+  EXPECT_TRUE(generated.finished.ok()) << generated.finished.status();
+  return generated.token_ids;
+}
+
+TEST(EngineTest, PenaltiesBiasAndListsChangeWhatIsDrawn) {
+  const std::unique_ptr<Engine> engine = Start(Options("A"));
+  const std::vector<int32_t> plain = TokensOf(*engine, [](GenerateRequest&) {});
+  const int32_t first = plain[0];
+  EXPECT_EQ(TokensOf(*engine, [](GenerateRequest& r) { r.sampling.repetition_penalty = 1.0f; }), plain);
+
+  const std::vector<int32_t> once = TokensOf(*engine, [](GenerateRequest& r) { r.sampling.presence_penalty = 100; });
+  EXPECT_EQ(std::set<int32_t>(once.begin(), once.end()).size(), once.size()) << "nothing is drawn twice";
+  const std::vector<int32_t> spaced = TokensOf(*engine, [](GenerateRequest& r) {
+    r.sampling.presence_penalty = 100;
+    r.sampling.penalty_window = 4;
+  });
+  for (size_t i = 1; i < spaced.size(); ++i) {
+    EXPECT_EQ(std::count(spaced.begin() + static_cast<int64_t>(i < 4 ? 0 : i - 4), spaced.begin() + static_cast<int64_t>(i), spaced[i]), 0)
+        << "not within four tokens";
+  }
+  EXPECT_LT(std::set<int32_t>(spaced.begin(), spaced.end()).size(), spaced.size()) << "but beyond them";
+
+  EXPECT_EQ(TokensOf(*engine, [](GenerateRequest& r) { r.sampling.logit_bias = {{42, 1000.0f}}; }), std::vector<int32_t>(30, 42));
+  const std::vector<int32_t> banned = TokensOf(*engine, [&](GenerateRequest& r) { r.sampling.banned_token_ids = {first}; });
+  EXPECT_EQ(std::count(banned.begin(), banned.end(), first), 0);
+  for (int32_t token : TokensOf(*engine, [](GenerateRequest& r) {
+         r.sampling.temperature = 2;
+         r.sampling.allowed_token_ids = {10, 200, 33};
+       })) {
+    EXPECT_TRUE(token == 10 || token == 200 || token == 33) << token;
+  }
+  EXPECT_EQ(TokensOf(*engine, [](GenerateRequest& r) { r.sampling = {.temperature = 1.5f, .seed = 3u, .min_p = 1.0f}; }), plain)
+      << "only the likeliest is left";
+}
+
+TEST(EngineTest, MinTokensHoldsBackWhatStops) {
+  const std::unique_ptr<Engine> engine = Start(Options("A"));
+  const std::vector<int32_t> plain = TokensOf(*engine, [](GenerateRequest&) {});
+  const auto stop_at_third = [&](GenerateRequest& r) { r.stop.token_ids = {plain[2]}; };
+  EXPECT_LE(TokensOf(*engine, stop_at_third).size(), 3u);
+  const std::vector<int32_t> held = TokensOf(*engine, [&](GenerateRequest& r) {
+    stop_at_third(r);
+    r.stop.min_tokens = 10;
+  });
+  EXPECT_GE(held.size(), 10u);
+  EXPECT_EQ(std::count(held.begin(), held.begin() + 10, plain[2]), 0);
+}
+
+TEST(EngineTest, TopLogprobsAreTheModelsOwnBesideEachToken) {
+  const std::unique_ptr<Engine> engine = Start(Options("A"));
+  for (const bool biased : {false, true}) {
+    GenerateRequest request = GreedyRequest({1, 2, 3}, 8);
+    request.top_logprobs = 3;
+    if (biased) request.sampling.logit_bias = {{42, 1000.0f}};
+    const Generated generated = Generate(*engine, request);
+    ASSERT_EQ(generated.top_logprobs.size(), 8u);
+    for (size_t i = 0; i < 8; ++i) {
+      const std::vector<TokenLogprob>& top = generated.top_logprobs[i];
+      ASSERT_EQ(top.size(), 3u);
+      EXPECT_GE(top[0].logprob, top[1].logprob);
+      EXPECT_GE(top[1].logprob, top[2].logprob);
+      if (biased) {
+        EXPECT_EQ(generated.token_ids[i], 42);
+        EXPECT_LE(generated.logprobs[i], top[0].logprob) << "of the distribution before the bias";
+      } else {
+        EXPECT_EQ(top[0].token_id, generated.token_ids[i]);
+        EXPECT_EQ(top[0].logprob, generated.logprobs[i]);
+      }
+    }
+  }
+}
+
+TEST(EngineTest, WrongLogitChangesNameFieldValueAndLimit) {
+  const std::unique_ptr<Engine> engine = Start(Options("A"));
+  const auto error = [&](const std::function<void(GenerateRequest&)>& change) {
+    GenerateRequest request = GreedyRequest({1, 2, 3}, 5);
+    change(request);
+    const absl::Status status = Generate(*engine, request).finished.status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    return std::string(status.message());
+  };
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_EQ(error([&](auto& r) { r.sampling.min_p = nan; }), "min_p: nan is not in [0, 1]");
+  EXPECT_EQ(error([](auto& r) { r.sampling.typical_p = 0.0f; }), "typical_p: 0 is not in (0, 1]");
+  EXPECT_EQ(error([](auto& r) { r.sampling.repetition_penalty = -1.0f; }), "repetition_penalty: -1 is not in (0, 100]");
+  EXPECT_EQ(error([](auto& r) { r.sampling.presence_penalty = 101; }), "presence_penalty: 101 is not in [-100, 100]");
+  EXPECT_EQ(error([&](auto& r) { r.sampling.frequency_penalty = nan; }), "frequency_penalty: nan is not in [-100, 100]");
+  EXPECT_EQ(error([](auto& r) { r.sampling.penalty_window = -1; }), "penalty_window: -1 is not at least 0");
+  EXPECT_EQ(error([](auto& r) { r.sampling.logit_bias = {{5, 2000.0f}}; }), "logit_bias[5]: 2000 is not in [-1000, 1000]");
+  EXPECT_EQ(error([](auto& r) { r.sampling.logit_bias = {{-5, 0.0f}}; }), "logit_bias: id -5 at index 0 is not in [0, 258)");
+  EXPECT_EQ(error([](auto& r) { r.sampling.banned_token_ids.assign(1025, 1); }), "banned_token_ids: has 1025 ids; at most 1024 are accepted");
+  EXPECT_EQ(error([](auto& r) { r.sampling.allowed_token_ids = {258}; }), "allowed_token_ids: id 258 at index 0 is not in [0, 258)");
+  EXPECT_THAT(error([](auto& r) { r.sampling.allowed_token_ids = r.sampling.banned_token_ids = {3}; }), HasSubstr("nothing to draw"));
+  EXPECT_EQ(error([](auto& r) { r.stop.min_tokens = 6; }), "min_tokens: 6 is not in [0, 5]");
+  EXPECT_EQ(error([](auto& r) { r.top_logprobs = 21; }), "top_logprobs: 21 is not in [0, 20]");
+  EXPECT_EQ(error([](auto& r) { r.scheduling.priority = 1001; }), "scheduling.priority: 1001 is not in [-1000, 1000]");
 }
 
 TEST(EngineTest, APromptSeenBeforeIsFoundAndCountedUnderItsOwnSaltAndMemoryMode) {

@@ -17,6 +17,7 @@ struct Generated {
   std::string text;  // of the deltas and the end
   std::vector<int32_t> token_ids;
   std::vector<float> logprobs;
+  std::vector<std::vector<engine::TokenLogprob>> top_logprobs = {};
   int deltas = 0;
 
   bool operator==(const Generated& other) const {
@@ -31,6 +32,7 @@ class Collector final : public engine::GenerateListener {
     generated_.text += delta.text;
     generated_.token_ids.insert(generated_.token_ids.end(), delta.token_ids.begin(), delta.token_ids.end());
     generated_.logprobs.insert(generated_.logprobs.end(), delta.logprobs.begin(), delta.logprobs.end());
+    generated_.top_logprobs.insert(generated_.top_logprobs.end(), delta.top_logprobs.begin(), delta.top_logprobs.end());
     if (generated_.deltas == 1) first_.set_value();
   }
   void OnFinished(absl::StatusOr<engine::Finished> finished) override {

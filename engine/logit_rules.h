@@ -1,0 +1,47 @@
+// How a sequence changes its logits: what was asked for, and what was seen so far. Engine thread only, once it runs.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/types/span.h"
+#include "engine/batch.h"
+#include "engine/request.h"
+
+namespace memserve::engine {
+
+class LogitRules {
+ public:
+  // Null where the request changes nothing. Temperature, min_p, … as resolved against the checkpoint's defaults. `stop_ids` are banned
+  // until min_tokens are drawn.
+  static std::unique_ptr<LogitRules> New(const SamplingParams& params, float temperature, const std::vector<int32_t>& stop_ids,
+                                         int32_t min_tokens, int vocab_size);
+
+  // Adds the adjustment of the next slot to the batch. `tokens`: prompt and all that was drawn.
+  void AddTo(Batch& batch, absl::Span<const int32_t> tokens, int64_t prompt_tokens);
+
+ private:
+  struct Count {
+    int32_t seen = 0;   // in the window
+    int32_t drawn = 0;  // of those, not in the prompt
+  };
+
+  LogitRules() = default;
+  void CountUpTo(absl::Span<const int32_t> tokens, int64_t prompt_tokens);
+
+  kernels::LogitAdjustment adjustment_;
+  bool looks_back_ = false;
+  int64_t window_ = 0;
+  std::vector<int32_t> bias_tokens_;
+  std::vector<float> bias_values_;
+  std::vector<int32_t> stop_ids_;
+  int32_t min_tokens_ = 0;
+  std::vector<uint32_t> mask_;  // of all tokens that are allowed; empty: all are
+
+  absl::flat_hash_map<int32_t, Count> counts_;
+  int64_t counted_begin_ = 0, counted_end_ = 0;  // tokens [begin, end) are in counts_
+};
+
+}  // namespace memserve::engine
