@@ -163,7 +163,7 @@ def write_torch(path, value, pickled=None, compression=zipfile.ZIP_STORED, prefi
         archive.writestr(prefix + "version", "3\n")
 
 
-HOSTILE = b"\x80\x02cposix\nsystem\nX\x1f\x00\x00\x00touch memserve-convert-was-hacked\x85R."
+HOSTILE = b"\x80\x02cposix\nsystem\nX\x21\x00\x00\x00touch memserve-convert-was-hacked\x85R."
 
 
 # ---- GGUF ----
