@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Evaluates the converted checkpoints with a second, independent implementation in float64 and compares.
 
-  tests/golden/check.py [CASE …]        needs numpy; run it after convert.py
+  tests/golden/check.py [CASE …]        needs numpy
 
 Shows that the conversion lost nothing. It is also the whole model on one page, for whoever wants to read it.
 """

@@ -23,15 +23,16 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import numpy as np
 
 from memserve.convert import dtypes, quantize
-from memserve.convert.errors import ConvertError
+from memserve.convert.errors import ConvertError, short
 from memserve.convert.files import Source
 from memserve.convert.model import Model
 from memserve.convert.progress import Progress, size_text
 from memserve.convert.readers import safetensors
 from memserve.convert.tensor import Tensor
 
-STATE = ".memserve_convert.json"
-LOCK = ".memserve_convert.lock"
+OWN = ".memserve_convert"
+STATE = OWN + ".json"
+LOCK = OWN + ".lock"
 PROVENANCE = "memserve_conversion.json"
 FORM = 1  # of what is written: a conversion begun by another form is not continued
 CHUNK_BYTES = 8 << 20  # of a source, per thread
@@ -206,6 +207,8 @@ class Writer:
             return self._report
         finally:
             self._progress.close()
+            if not (self._dest / STATE).exists():
+                (self._dest / LOCK).unlink()
             fcntl.flock(lock, fcntl.LOCK_UN)
             os.close(lock)
 
@@ -229,9 +232,9 @@ class Writer:
                 if not self._dest.is_dir():
                     raise ConvertError(f"{self._dest} is not a folder")
                 names = {entry.name for entry in self._dest.iterdir()}
-                if names and not names & {STATE, PROVENANCE} and names != {LOCK}:
-                    other = sorted(names - {LOCK})[0]
-                    raise ConvertError(f"{self._dest} holds something else ({other}); give an empty or a new folder")
+                other = sorted(name for name in names if not name.startswith(OWN))
+                if other and not names & {STATE, PROVENANCE}:
+                    raise ConvertError(f"{self._dest} holds something else ({short(other[0])}); give an empty or a new folder")
             self._dest.mkdir(parents=True, exist_ok=True)
             lock = os.open(self._dest / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
@@ -311,7 +314,6 @@ class Writer:
         write_atomically(self._dest / "config.json", _json(self._config()))
         write_atomically(self._dest / PROVENANCE, _json(provenance))
         (self._dest / STATE).unlink()
-        (self._dest / LOCK).unlink()
 
     def _config(self) -> Dict[str, Any]:
         config = dict(self._model.config)
