@@ -13,6 +13,8 @@
 namespace memserve::kernels::cpu {
 namespace {
 
+constexpr int64_t kMapped = 64 << 10;  // smaller blocks would waste their last page
+
 // An anonymous mapping whose first byte lies on a huge page, or null.
 std::shared_ptr<void> MapHuge(int64_t bytes) {
   const int64_t mapped = bytes + kHugePage;
@@ -21,6 +23,13 @@ std::shared_ptr<void> MapHuge(int64_t bytes) {
   const uintptr_t aligned = (reinterpret_cast<uintptr_t>(base) + kHugePage - 1) & ~uintptr_t{kHugePage - 1};
   madvise(reinterpret_cast<void*>(aligned), bytes, MADV_HUGEPAGE);  // a kernel without them serves small pages
   return std::shared_ptr<void>(reinterpret_cast<void*>(aligned), [base, mapped](void*) { munmap(base, mapped); });
+}
+
+// Pages come to be as they are touched: of what is planned for the largest step most is never used.
+std::shared_ptr<void> MapPages(int64_t bytes) {
+  void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (base == MAP_FAILED) return nullptr;
+  return std::shared_ptr<void>(base, [bytes](void* p) { munmap(p, bytes); });
 }
 
 std::shared_ptr<void> AlignedZeroes(int64_t bytes) {
@@ -38,7 +47,9 @@ absl::StatusOr<HostMemory> HostMemory::Allocate(int64_t bytes, std::string_view 
   const int64_t machine = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGE_SIZE);
   HostMemory memory;
   if (bytes <= machine) {
-    memory.block_ = bytes >= kHugePage ? MapHuge(bytes + kReadAhead) : AlignedZeroes(bytes + kReadAhead);
+    memory.block_ = bytes >= kHugePage  ? MapHuge(bytes + kReadAhead)
+                    : bytes >= kMapped ? MapPages(bytes + kReadAhead)
+                                       : AlignedZeroes(bytes + kReadAhead);
   }
   if (memory.block_ == nullptr) {
     return absl::ResourceExhaustedError(
