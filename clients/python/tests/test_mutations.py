@@ -7,6 +7,7 @@ import random
 import shutil
 import time
 import unittest
+from unittest import mock
 
 from support import GOLDEN, HERE, Case, TorchTensor, np, requires_numpy, write_gguf, write_torch
 from test_families import (PeerModel, SparseMemoryModel, as_llama_cpp, gguf_fields, hugging_face)  # fmt: skip
@@ -16,6 +17,12 @@ ROUNDS = int(os.environ.get("MEMSERVE_MUTATIONS", "60"))  # of each form
 
 @requires_numpy
 class MutationTest(Case):
+    def setUp(self):
+        super().setUp()
+        patch = mock.patch("os.fsync")  # thousands of folders that nobody will miss
+        patch.start()
+        self.addCleanup(patch.stop)
+
     def _damage(self, source, seed):
         """A copy of `source` (a file or a folder) with something broken in one of its files. Returns the copy and what was done."""
         chance = random.Random(seed)
