@@ -69,9 +69,18 @@ def _block(x: np.ndarray, kind: str, out: np.ndarray, scales: np.ndarray, error:
         out |= even
     q *= scales[:, None]
     q -= x
-    flat, all_x = q.reshape(-1), x.reshape(-1)
-    error.add(Error(float(np.dot(flat, flat)), float(np.dot(all_x, all_x)), float(max(q.max(), -q.min())), float(reach.max())))
+    error.add(Error(_squares(q), _squares(x), float(max(q.max(), -q.min())), float(reach.max())))
     return True
+
+
+def _squares(x: np.ndarray) -> float:
+    flat = x.reshape(-1)
+    with np.errstate(over="ignore"):
+        total = float(np.dot(flat, flat))
+    if not np.isfinite(total):  # beyond what float32 can sum
+        flat = flat.astype(np.float64)
+        total = float(np.dot(flat, flat))
+    return total
 
 
 def rows(stored: np.ndarray, dtype: str, kind: str, where: str, first_row: int) -> Tuple[np.ndarray, np.ndarray, Error]:
