@@ -16,5 +16,6 @@ void BenchSample();
 void BenchLogits();
 void BenchModel();
 void BenchTableSize();
+void BenchTokenizer();
 
 }  // namespace memserve::bench
