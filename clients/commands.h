@@ -14,6 +14,7 @@ inline constexpr int kInterrupted = 130;
 void CatchInterrupts();
 
 int Complete(const Options& options);
+int Chat(const Options& options);
 int Repeat(const Options& options);
 int Score(const Options& options);
 int Tokenize(const Options& options);

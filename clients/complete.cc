@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <iostream>
 #include <memory>
 #include <optional>
 #include <string>
@@ -17,12 +18,21 @@
 namespace memserve::clients {
 namespace {
 
+void AddMessage(v1::Chat& chat, const std::string& role, const std::string& content) {
+  v1::ChatMessage& message = *chat.add_messages();
+  message.set_role(role);
+  message.set_content(content);
+}
+
 std::optional<v1::GenerateRequest> ToRequestWithPrompt(const Options& options) {
   v1::GenerateRequest request = ToGenerateRequest(options);
   std::optional<std::string> text;
   v1::TokenIds ids;
   if (options.words.size() != 1 || !ReadPrompt(options, options.words[0], text, ids)) return std::nullopt;
-  if (text) {
+  if (text && options.chat) {
+    if (!options.system.empty()) AddMessage(*request.mutable_chat(), "system", options.system);
+    AddMessage(*request.mutable_chat(), "user", *text);
+  } else if (text) {
     request.set_text(*std::move(text));
   } else {
     *request.mutable_tokens() = ids;
@@ -126,6 +136,8 @@ nlohmann::ordered_json ToJson(const Spread& spread) {
 }  // namespace
 
 int Complete(const Options& options) {
+  if (options.chat && options.token_ids) return UsageError("--chat takes a text, so not with --token_ids");
+  if (!options.chat && !options.system.empty()) return UsageError("--system goes with --chat");
   const std::optional<v1::GenerateRequest> request = ToRequestWithPrompt(options);
   if (!request) return UsageError(kPromptNeeded);
   const auto stub = ConnectInference(options);
@@ -141,6 +153,36 @@ int Complete(const Options& options) {
   const grpc::Status status = reader->Finish();
   if (status.ok() && (options.stats || (isatty(STDERR_FILENO) && !options.json))) PrintStats(finished);
   return ExitStatus(status);
+}
+
+int Chat(const Options& options) {
+  if (!options.words.empty()) return UsageError("chat takes no words: it reads messages from standard input, a line each");
+  const auto stub = ConnectInference(options);
+  v1::GenerateRequest request = ToGenerateRequest(options);
+  if (!options.system.empty()) AddMessage(*request.mutable_chat(), "system", options.system);
+  const bool prompts = isatty(STDIN_FILENO) && isatty(STDOUT_FILENO) && !options.json;
+  while (true) {
+    if (prompts) std::fputs("> ", stdout), std::fflush(stdout);
+    std::string line;
+    if (!std::getline(std::cin, line)) break;
+    if (line.empty()) continue;
+    AddMessage(*request.mutable_chat(), "user", line);
+    Call call(options);
+    const std::unique_ptr<grpc::ClientReader<v1::GenerateResponse>> reader = stub->Generate(&call.context(), request);
+    Printer printer(options);
+    std::string answer;
+    v1::GenerateResponse message;
+    while (reader->Read(&message)) {
+      printer.Print(message);
+      answer += message.has_finished() ? message.finished().text() : message.delta().text();
+    }
+    const grpc::Status status = reader->Finish();
+    if (!status.ok()) return ExitStatus(status);
+    if (options.stats) PrintStats(message.finished());
+    AddMessage(*request.mutable_chat(), "assistant", answer);
+  }
+  if (prompts) std::puts("");
+  return kOk;
 }
 
 // A model that is faster than its reader has its deltas joined, so tokens are not timed as they arrive. Each round streams one token

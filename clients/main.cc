@@ -18,6 +18,7 @@ Asks a memserve server over gRPC.
 
 Commands:
   complete PROMPT                   stream a completion to standard output; - reads the prompt from standard input
+  chat                              talk to the model: a line of standard input is a message, the answers stream; ends with the input
   score CONTEXT CONTINUATION...     log-probability of each continuation after the context, and whether it is the greedy one
   tokenize TEXT                     token ids of a text (- reads it from standard input)
   detokenize ID...                  text of token ids
@@ -32,11 +33,17 @@ Flags of all commands:
   --timeout_seconds=S               give up after so long (default: never)
   --json                            print one JSON object a line per message, with the field names of the proto
 
+Flags of complete, chat:
+  --system=TEXT                     the chat's first message, of the role system
+
+Flags of complete, tokenize, repeat:
+  --allow_special                   names of special tokens in the text, such as <|im_end|>, give these tokens (default: text)
+
 Flags of complete, score, tokenize, repeat:
   --add_bos=on|off                  put the begin-of-sequence token in front of text (default: on where the tokenizer has one;
                                     of tokenize: off)
 
-Flags of complete, score, repeat:
+Flags of complete, chat, score, repeat:
   --token_ids                       prompts are token ids such as 1,2,3, and complete prints ids instead of text
   --memory=on|off                   whether the memory layers take part (default on)
   --priority=N                      -1000 to 1000, higher goes first (default 0)
@@ -45,7 +52,7 @@ Flags of complete, score, repeat:
   --model=NAME                      refuse to be answered by another model
   --request_id=ID                   a name for abort and the server's logs (default: the server draws one)
 
-Flags of complete, repeat:
+Flags of complete, chat, repeat:
   --max_tokens=N                    default: the checkpoint's, else what fits (of repeat: 64)
   --temperature=X                   0 to 100, 0 is greedy (default: the checkpoint's, else 0)
   --top_k=N                         the N most likely tokens only, 0: all (default: the checkpoint's, else 0)
@@ -59,10 +66,13 @@ Flags of complete, repeat:
   --stop=TEXT                       end before this text; may be repeated
   --ignore_eos=on|off               go on after an end-of-sequence token (default off, of repeat: on)
 
+Flags of complete, chat:
+  --stats                           print counts and times to standard error (default: if that is a terminal)
+
 Flags of complete:
+  --chat                            the prompt is a user's message to a chat, written out by the model's template
   --logprobs                        print a line per token: log-probability, id, text (JSON string)
   --top_logprobs=N                  with --json: beside each token so many of the likeliest, at most 20
-  --stats                           print counts and times to standard error (default: if that is a terminal)
 
 Flags of repeat:
   --count=N                         measured streams, after one that warms up (default 10)
@@ -75,6 +85,7 @@ Examples:
   memserve-client complete --temperature=0.8 --top_p=0.9 --seed=7 --max_tokens=40 "Once upon a time"
   memserve-client complete --memory=off --stats $'Q: What is the capital of Peru?\nA:' --stop=$'\n'
   echo "The chemical symbol of gold is" | memserve-client complete --json -
+  memserve-client chat --system="You answer in one sentence."
   memserve-client score "The capital of France is" " Paris" " London"
   memserve-client --address=127.0.0.1:50052 model
 )";
@@ -86,15 +97,16 @@ struct Command {
 
 const std::map<std::string, Command>& Commands() {
   static const auto* const commands = new std::map<std::string, Command>{
-      {"complete", {Complete, {"all", "bos", "prompt", "generate", "complete"}}},
-      {"score", {Score, {"all", "bos", "prompt"}}},
-      {"tokenize", {Tokenize, {"all", "bos"}}},
+      {"complete", {Complete, {"all", "bos", "special", "ids", "prompt", "generate", "stats", "system", "complete"}}},
+      {"chat", {Chat, {"all", "prompt", "generate", "stats", "system"}}},
+      {"score", {Score, {"all", "bos", "ids", "prompt"}}},
+      {"tokenize", {Tokenize, {"all", "bos", "special"}}},
       {"detokenize", {Detokenize, {"all"}}},
       {"model", {Model, {"all"}}},
       {"load", {Load, {"all"}}},
       {"tables", {Tables, {"all"}}},
       {"abort", {Abort, {"all"}}},
-      {"repeat", {Repeat, {"all", "bos", "prompt", "generate", "repeat"}}},
+      {"repeat", {Repeat, {"all", "bos", "special", "ids", "prompt", "generate", "repeat"}}},
   };
   return *commands;
 }
@@ -111,7 +123,8 @@ std::optional<std::string> ReadCommandLine(int argc, char** argv, Options& optio
   flags.Add("timeout_seconds", "all", "a number", Into(options.timeout_seconds));
   flags.AddSwitch("json", "all", options.json);
   flags.Add("add_bos", "bos", "on or off", Into(options.add_bos));
-  flags.AddSwitch("token_ids", "prompt", options.token_ids);
+  flags.AddSwitch("allow_special", "special", options.allow_special);
+  flags.AddSwitch("token_ids", "ids", options.token_ids);
   flags.Add("memory", "prompt", "on or off", Into(options.memory));
   flags.Add("priority", "prompt", "a whole number", Into(options.priority));
   flags.Add("prefix_cache", "prompt", "on or off", Into(options.prefix_cache));
@@ -133,7 +146,9 @@ std::optional<std::string> ReadCommandLine(int argc, char** argv, Options& optio
   flags.Add("stop", "generate", "a text", Into(options.stop));
   flags.Add("ignore_eos", "generate", "on or off", Into(options.ignore_eos));
   flags.AddSwitch("logprobs", "complete", options.logprobs);
-  flags.AddSwitch("stats", "complete", options.stats);
+  flags.AddSwitch("stats", "stats", options.stats);
+  flags.AddSwitch("chat", "complete", options.chat);
+  flags.Add("system", "system", "a text", Into(options.system));
   flags.Add("count", "repeat", "a whole number", Into(options.count));
   std::optional<std::string> wrong = flags.Read(argc, argv, GroupsOf, options.words);
   if (options.words.empty()) return wrong;

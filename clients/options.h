@@ -40,6 +40,10 @@ struct Options {
   bool stats = false;
 
   std::optional<int32_t> count;  // of repeat
+
+  bool chat = false;   // complete: the prompt is a user's message
+  std::string system;  // the first message of a chat
+  bool allow_special = false;
 };
 
 }  // namespace memserve::clients

@@ -92,6 +92,7 @@ int Tokenize(const Options& options) {
   if (options.words.size() != 1 || !ReadPrompt(options, options.words[0], text, unused)) return UsageError("give one TEXT");
   request.set_text(*std::move(text));
   if (options.add_bos) request.set_add_bos(*options.add_bos);
+  if (options.allow_special) request.set_allow_special(true);
   v1::TokenizeResponse response;
   const grpc::Status status = Ask(options, ConnectInference(options), &v1::Inference::Stub::Tokenize, request, response);
   if (status.ok() && !options.json) {

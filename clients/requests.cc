@@ -108,6 +108,7 @@ v1::GenerateRequest ToGenerateRequest(const Options& options) {
   if (!options.request_id.empty()) request.set_request_id(options.request_id);
   if (!options.model.empty()) request.set_model(options.model);
   if (options.add_bos) request.set_add_bos(*options.add_bos);
+  if (options.allow_special) request.set_allow_special(true);
   v1::SamplingParams& sampling = *request.mutable_sampling();
   if (options.temperature) sampling.set_temperature(*options.temperature);
   if (options.top_k) sampling.set_top_k(*options.top_k);

@@ -271,7 +271,7 @@ Value Choose(const Value& input, const Arguments& arguments, bool by_attribute, 
   if (arguments.values.size() > first) test = NeedText(arguments, first, "test", meter).bytes();
   for (size_t i = first + 1; i < arguments.values.size(); ++i) rest.values.push_back(arguments.values[i]);
   List kept;
-  for (const Value& item : ListOf(input, meter)) {
+  for (const Value& item : input.truthy() ? ListOf(input, meter) : List()) {
     if (!meter.ok()) break;
     const Value value = by_attribute ? FieldOf(item, attribute) : item;
     const bool holds = test.empty() ? value.truthy() : ApplyTest(test, value, rest, meter);
@@ -288,13 +288,13 @@ Value Map(const Value& input, const Arguments& arguments, Meter& meter) {
   if (attribute == nullptr) {
     const std::string& filter = NeedText(arguments, 0, "filter", meter).bytes();
     rest.values.assign(arguments.values.begin() + (arguments.values.empty() ? 0 : 1), arguments.values.end());
-    for (const Value& item : ListOf(input, meter)) {
+    for (const Value& item : input.truthy() ? ListOf(input, meter) : List()) {
       if (!meter.ok()) break;
       mapped.push_back(ApplyFilter(filter, item, rest, meter));
     }
   } else {
     const std::string path = TextOf(*attribute, meter).bytes();
-    for (const Value& item : ListOf(input, meter)) {
+    for (const Value& item : input.truthy() ? ListOf(input, meter) : List()) {
       Value value = FieldOf(item, path);
       mapped.push_back(value.is(Kind::kUndefined) && fallback != nullptr ? *fallback : std::move(value));
     }

@@ -35,6 +35,7 @@ constexpr Subcommand kSubcommands[] = {
     {"sample", "one token for each row of logits: --vocab --temperature --top_k --top_p", BenchSample},
     {"logits", "the output matrix: --vocab --dim --format", BenchLogits},
     {"table_size", "search and gather over tables of 2^14 to 2^20 rows: --heads --half_dim --knn --dim --format", BenchTableSize},
+    {"tokenizer", "text to tokens and back of a checkpoint folder: --checkpoint --text_file", BenchTokenizer},
     {"model", "a checkpoint through the engine, --batch streams at once: --checkpoint --prompt --decode", BenchModel},
 };
 

@@ -17,5 +17,6 @@ void BenchSample();
 void BenchLogits();
 void BenchModel();
 void BenchTableSize();
+void BenchTokenizer();
 
 }  // namespace memserve::bench

@@ -401,6 +401,51 @@ TEST(EngineTest, ACheckpointWithoutTokenizerTakesIdsAndSaysSoForText) {
   EXPECT_EQ(Generate(*engine, GreedyRequest({600, 1, 2}, 4)).token_ids.size(), 4u);
 }
 
+TEST(EngineTest, AChatIsItsTemplateWithSpecialTokensFromTheTemplateAlone) {
+  const std::string folder = ::testing::TempDir() + "/chat_checkpoint";
+  std::filesystem::remove_all(folder);
+  std::filesystem::copy(std::string(MEMSERVE_GOLDEN_DIR) + "/A/checkpoint", folder);
+  std::ofstream(folder + "/chat_template.jinja")
+      << "{{ bos_token }}{% for m in messages %}{{ m.role[0] }}:{{ m.content|trim }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}";
+  const std::unique_ptr<Engine> engine = Start(ParityOptions(folder));
+  ASSERT_TRUE(engine->model().chat);
+  GenerateRequest request = GreedyRequest({256, 'u', ':', 'H', '<', '/', 's', '>', 'i', 257, 'a', ':'}, 8);
+  const std::vector<int32_t> expected = Generate(*engine, request).token_ids;
+  request.prompt = Chat{.messages = {{"user", " H</s>i "}}};
+  const Generated chat = Generate(*engine, request);
+  ASSERT_TRUE(chat.finished.ok()) << chat.finished.status();
+  EXPECT_EQ(chat.finished->usage.prompt_tokens, 12) << "the </s> of a message is text, that of the template a token";
+  EXPECT_EQ(chat.token_ids, expected);
+  request.prompt = Chat{.messages = {{"user", "H"}}, .add_generation_prompt = false};
+  EXPECT_EQ(Generate(*engine, request).finished->usage.prompt_tokens, 5);
+
+  request.prompt = Chat{};
+  EXPECT_EQ(Generate(*engine, request).finished.status().message(), "prompt: has 0 messages; 1 to 4096 are accepted");
+  request.prompt = Chat{.messages = {{"user", std::string(2 << 20, 'x')}}};
+  EXPECT_EQ(Generate(*engine, request).finished.status().message(), "prompt: has 2097152 bytes of messages; this server accepts 1048576");
+  request.prompt = Chat{.messages = {{"", "x"}}};
+  EXPECT_EQ(Generate(*engine, request).finished.status().message(), "prompt.messages[0]: has a role of 0 bytes; 1 to 64 are accepted");
+}
+
+TEST(EngineTest, ACheckpointWithoutChatTemplateSaysSo) {
+  const std::unique_ptr<Engine> engine = Start(Options("A"));
+  EXPECT_FALSE(engine->model().chat);
+  GenerateRequest request = GreedyRequest({}, 8);
+  request.prompt = Chat{.messages = {{"user", "Hello"}}};
+  const absl::Status status = Generate(*engine, request).finished.status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
+  EXPECT_EQ(status.message(), "chat: the checkpoint has no chat template; send a text");
+}
+
+TEST(EngineTest, NamesOfSpecialTokensInATextAreTextUnlessAllowed) {
+  const std::unique_ptr<Engine> engine = Start(Options("A"));
+  GenerateRequest request = GreedyRequest({}, 2);
+  request.prompt = "a</s>b";
+  EXPECT_EQ(Generate(*engine, request).finished->usage.prompt_tokens, 7);
+  request.allow_special = true;
+  EXPECT_EQ(Generate(*engine, request).finished->usage.prompt_tokens, 4);
+}
+
 TEST(EngineTest, CancelledRequestsGiveTheirPagesBackAndHurtNobody) {
   const GoldenCase golden = LoadGolden("A");
   EngineOptions options = Options("A");

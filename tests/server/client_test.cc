@@ -92,6 +92,47 @@ TEST_F(ClientTest, FlagsReachTheEngine) {
   EXPECT_EQ(program->error(), "");
 }
 
+TEST_F(ClientTest, AChatKeepsWhatWasSaid) {
+  engine_->model_info.chat = true;
+  auto program = Start({"chat", "--system=Be brief.", "--max_tokens=9"});
+  program->Write("Hello\n");
+  FakeEngine::Generation generation = engine_->NextGeneration();
+  const auto said = [&] {
+    std::string all;
+    for (const engine::ChatMessage& message : std::get<engine::Chat>(generation.request.prompt).messages) {
+      all += message.role + ":" + message.content + ";";
+    }
+    return all;
+  };
+  EXPECT_EQ(said(), "system:Be brief.;user:Hello;");
+  EXPECT_EQ(generation.request.stop.max_tokens, 9);
+  generation.listener->OnDelta({.text = "Hi th"});
+  ASSERT_TRUE(program->ReadUntil("Hi th"));
+  engine_->End(generation, engine::Finished{.text = "ere."});
+  ASSERT_TRUE(program->ReadUntil("ere.\n"));
+  program->Write("\nAnd?\n");
+  generation = engine_->NextGeneration();
+  EXPECT_EQ(said(), "system:Be brief.;user:Hello;assistant:Hi there.;user:And?;");
+  engine_->End(generation, engine::Finished{.text = "Bye."});
+  program->CloseInput();
+  EXPECT_EQ(program->ExitStatus(), 0);
+  EXPECT_EQ(program->out(), "Hi there.\nBye.\n");
+  EXPECT_EQ(program->error(), "");
+}
+
+TEST_F(ClientTest, CompleteSendsOneMessageAsAChat) {
+  engine_->model_info.chat = true;
+  auto program = Start({"complete", "--chat", "--system=S", "Hello"});
+  const FakeEngine::Generation generation = engine_->NextGeneration();
+  const engine::Chat& chat = std::get<engine::Chat>(generation.request.prompt);
+  ASSERT_EQ(chat.messages.size(), 2u);
+  EXPECT_EQ(chat.messages[0].content, "S");
+  EXPECT_EQ(chat.messages[1].role, "user");
+  EXPECT_TRUE(chat.add_generation_prompt);
+  engine_->End(generation, engine::Finished{});
+  EXPECT_EQ(program->ExitStatus(), 0);
+}
+
 TEST_F(ClientTest, ADashReadsThePromptFromStandardInput) {
   auto program = Start({"complete", "-"});
   program->Write("two\nlines\n");
@@ -143,6 +184,7 @@ TEST_F(ClientTest, ScorePrintsALinePerContinuation) {
 
 TEST_F(ClientTest, TheQueriesPrintWhatTheServerSays) {
   EXPECT_EQ(Run({"tokenize", "Hi", "--add_bos=on"})->out(), "256 72 105\n");
+  EXPECT_EQ(Run({"tokenize", "Hi", "--allow_special"})->out(), "72 105 256\n");
   EXPECT_EQ(Run({"detokenize", "72", "105"})->out(), "Hi\n");
   EXPECT_THAT(Run({"model"})->out(), StartsWith("model: fake\narchitecture: memory_llama\nvocab_size: 300\n"));
   engine_->load_now.waiting = 9;
@@ -227,6 +269,8 @@ TEST_F(ClientTest, WrongUsageIsOneLineAndStatusOne) {
       {{"model", "--top_k=1"}, "--top_k means nothing to model"},
       {{"model", "x"}, "model takes no words"},
       {{"score", "ctx"}, "give CONTEXT and at least one CONTINUATION"},
+      {{"chat", "Hello"}, "chat takes no words"},
+      {{"complete", "--system=x", "y"}, "--system goes with --chat"},
       {{"detokenize", "x"}, "\"x\" is no token id"},
       {{"repeat", "x", "--count=0"}, "--count must be at least 1"},
       {{"repeat", "x", "--max_tokens=1"}, "--max_tokens must be at least 2"},
@@ -246,7 +290,8 @@ TEST_F(ClientTest, HelpNamesEveryCommandAndFlag) {
   for (const char* word : {"complete", "score",   "tokenize",     "detokenize",        "model",         "load",      "tables",
                            "abort",    "repeat",  "--address",    "--timeout_seconds", "--json",        "--add_bos", "--token_ids",
                            "--memory", "--model", "--request_id", "--max_tokens",      "--temperature", "--top_k",   "--top_p",
-                           "--seed",   "--stop",  "--ignore_eos", "--logprobs",        "--stats",       "--count",   "Examples"}) {
+                           "--seed",   "--stop",  "--ignore_eos", "--logprobs",        "--stats",       "--count",   "Examples",  "--chat",  "--system",
+                           "  chat ",  "--allow_special"}) {
     EXPECT_THAT(program->out(), HasSubstr(word));
   }
 }

@@ -219,7 +219,8 @@ class FakeEngine final : public engine::Engine {
     return {.vocab_size = model_info.vocab_size,
             .max_context_tokens = model_info.max_context_tokens,
             .max_prompt_bytes = 1000,
-            .has_tokenizer = true};
+            .has_tokenizer = true,
+            .chat_template = model_info.chat ? absl::OkStatus() : absl::UnimplementedError("chat: there is no template")};
   }
 
   void Forget(const std::string& id) {

@@ -3,15 +3,20 @@
 //   memserve-tokenizer KIND PATH encode [special]   "text" → [ids]; special: names of special tokens give them
 //   memserve-tokenizer KIND PATH decode [special]   [ids] → "text"; special: special tokens give their names
 //   memserve-tokenizer KIND PATH speed SECONDS      lines of "text"; prints {"encode_mb_per_s": …, "decode_mb_per_s": …}
+//   memserve-tokenizer template PATH render         {"messages": …, "add_generation_prompt": …, "variables": {…}} → "text", or
+//                                                   {"error": …}
 //
 // KIND is sentencepiece, bpe, tiktoken or bytes; PATH is the tokenizer's file.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <fstream>
 #include <iostream>
+#include <iterator>
 #include <string>
 #include <vector>
 
+#include "engine/chat_template.h"
 #include "engine/tokenizer/tokenizer.h"
 #include "nlohmann/json.hpp"
 
@@ -63,6 +68,26 @@ int Speed(const Tokenizer& tokenizer, double seconds) {
   return sink == 0;
 }
 
+// A chat template beside jinja2: tests/chat_template_parity.py.
+int Render(const std::string& path) {
+  std::ifstream file(path);
+  const std::string source{std::istreambuf_iterator<char>(file), {}};
+  for (std::string line; std::getline(std::cin, line);) {
+    const json request = json::parse(line);
+    memserve::engine::jinja::Dict variables;
+    for (const auto& [name, value] : request.at("variables").items()) {
+      variables.emplace_back(name, memserve::engine::jinja::Value::Written(value.get<std::string>()));
+    }
+    memserve::engine::Chat chat = {.add_generation_prompt = request.at("add_generation_prompt")};
+    for (const json& message : request.at("messages")) chat.messages.push_back({message.at("role"), message.at("content")});
+    const auto parsed = memserve::engine::ChatTemplate::Parse(source, "template", std::move(variables));
+    const auto rendered = parsed.ok() ? (*parsed)->Render(chat) : parsed.status();
+    const json answer = rendered.ok() ? json(rendered->text) : json{{"error", std::string(rendered.status().message())}};
+    std::cout << answer.dump() << "\n";
+  }
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -70,6 +95,7 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "usage: memserve-tokenizer KIND PATH encode|decode [special] | speed SECONDS\n");
     return 2;
   }
+  if (std::string(argv[1]) == "template") return Render(argv[2]);
   const auto tokenizer = Load(argv[1], argv[2]);
   if (!tokenizer.ok()) {
     std::fprintf(stderr, "%s\n", std::string(tokenizer.status().message()).c_str());
