@@ -48,6 +48,7 @@ class OriginalTest(Case):
     def test_finds_params_in_a_folder_called_consolidated(self):
         shutil.copytree(GOLDEN / "E/original", self.folder / "run/consolidated")
         self.assertIn("norm.weight", read_safetensors(self.convert(self.folder / "run")))
+        self.convert(self.folder / "run/consolidated/consolidated.pth", name="file")
 
     def _edited(self, case, edit):
         source = self.folder / "source"

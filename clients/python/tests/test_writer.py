@@ -229,7 +229,7 @@ class FolderTest(Case):
 
 @requires_numpy
 class InterruptionTest(Case):
-    FLAGS = ("--max_shard_bytes=60k", "--table_dtype=int4", "--threads=1")
+    FLAGS = ("--max_shard_bytes=60k", "--table_dtype=int4", "--threads=2")
 
     def _start(self, out):
         # Slow enough that there is a middle: every row range waits a little.

@@ -42,6 +42,8 @@ def _unknown(path: Path) -> ConvertError:
 def _file(path: Path, tokenizer: Optional[Path]) -> Model:
     if path.suffix == ".gguf":
         return gguf.read(path, tokenizer)
+    if path.name in ("consolidated.pth", "params.json", "config.json"):
+        return open_model(path.parent, tokenizer)
     if path.suffix == ".pt":
         return sparse_memory_lm.read(Source(path.parent), path.name, tokenizer)
     raise _unknown(path)

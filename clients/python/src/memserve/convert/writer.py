@@ -344,74 +344,62 @@ class Writer:
             raise ConvertError(f"{part}: {error.strerror}") from None
         try:
             _pwrite(fd, head, 0, part)
-            pieces = [(0, len(head), zlib.crc32(head))]
-            errors: Dict[str, quantize.Error] = {}
-            nonfinite: Dict[str, int] = {}
-            for output in shard.outputs:
-                self._write_output(fd, part, output, pieces, errors, nonfinite)
+            work = _Work(fd, part, [(0, len(head), zlib.crc32(head))])
+            self._each(lambda item: self._write_rows(work, *item), _spans(shard.outputs, work))
             os.fsync(fd)
-            digest = self._read_back(fd, part, pieces, len(head) + at)
+            digest = self._read_back(fd, part, work.pieces, len(head) + at)
         finally:
             os.close(fd)
         self._check_header(part, shard)
         os.replace(part, self._dest / shard.name)
         sync_folder(self._dest)
+        errors = work.errors()
         self._report.errors.update(errors)
-        self._report.nonfinite.update(nonfinite)
+        self._report.nonfinite.update(sorted(work.nonfinite.items()))
         state["shards"][shard.name] = {
             "bytes": len(head) + at,
             "sha256": digest,
             "row_errors": {name: [e.squared, e.total, e.largest, e.reach] for name, e in errors.items()},
-            "nonfinite": nonfinite,
+            "nonfinite": dict(sorted(work.nonfinite.items())),
         }
         write_atomically(self._dest / STATE, _json({name: state[name] for name in ("key", "shards")}))
         self._progress.line(f"{shard.name}: {len(shard.tensors)} tensors, {size_text(len(head) + at)}, read back and equal")
 
-    def _write_output(self, fd: int, path: Path, output: Output, pieces: List[Tuple[int, int, int]],
-                      errors: Dict[str, quantize.Error], nonfinite: Dict[str, int]) -> None:
-        lost: Dict[int, quantize.Error] = {}
-
-        def write(span: Tuple[int, int]) -> None:
-            if self._stop.is_set():
-                return
-            begin, end = span
-            rows = output.source.rows(begin, end)
-            bad = 0
-            written: List[Tuple[Output, np.ndarray]] = []
-            if output.kind in quantize.LEVELS:
-                codes, scales, error = quantize.rows(rows, output.source.dtype, output.kind, output.source.where, begin)
-                lost[begin] = error
-                assert output.scale is not None
-                written = [(output, codes), (output.scale, scales)]
-            else:
-                source_dtype = output.source.dtype
-                if source_dtype in dtypes.FLOATS:
-                    bad = dtypes.nonfinite(rows, source_dtype)
-                if output.kind == "cast":
-                    rows = dtypes.from_f32(dtypes.to_f32(rows, source_dtype), output.dtype)
-                    after = dtypes.nonfinite(rows, output.dtype)
-                    if after > bad:
-                        raise ConvertError(f"{output.source.where} has values beyond the range of {output.dtype}")
-                written = [(output, rows)]
-            done = []
-            for target, array in written:
-                data = memoryview(np.ascontiguousarray(array)).cast("B") if array.size else memoryview(b"")
-                row_bytes = target.nbytes // max(1, output.source.num_rows)
-                place = target.offset + begin * row_bytes
-                _pwrite(fd, data, place, path)
-                done.append((place, len(data), zlib.crc32(data)))
-            with self._lock:
-                pieces.extend(done)
-                if bad:
-                    nonfinite[output.name] = nonfinite.get(output.name, 0) + bad
-            self._progress.add((end - begin) * (output.source.nbytes // max(1, output.source.num_rows)), output.name)
-
-        self._each(write, _spans(output.source))
-        output.source.release()
-        if lost:  # in the order of the rows, so that the sums come out the same every time
-            total = errors.setdefault(output.name, quantize.Error())
-            for begin in sorted(lost):
-                total.add(lost[begin])
+    def _write_rows(self, work: "_Work", output: Output, begin: int, end: int) -> None:
+        if self._stop.is_set():
+            return
+        source = output.source
+        rows = source.rows(begin, end)
+        bad = 0
+        written: List[Tuple[Output, np.ndarray]] = []
+        if output.kind in quantize.LEVELS:
+            codes, scales, error = quantize.rows(rows, source.dtype, output.kind, source.where, begin)
+            work.lost[output.name, begin] = error
+            assert output.scale is not None
+            written = [(output, codes), (output.scale, scales)]
+        else:
+            if source.dtype in dtypes.FLOATS:
+                bad = dtypes.nonfinite(rows, source.dtype)
+            if output.kind == "cast":
+                rows = dtypes.from_f32(dtypes.to_f32(rows, source.dtype), output.dtype)
+                if dtypes.nonfinite(rows, output.dtype) > bad:
+                    raise ConvertError(f"{source.where} has values beyond the range of {output.dtype}")
+            written = [(output, rows)]
+        done = []
+        for target, array in written:
+            data = memoryview(np.ascontiguousarray(array)).cast("B") if array.size else memoryview(b"")
+            place = target.offset + begin * (target.nbytes // max(1, source.num_rows))
+            _pwrite(work.fd, data, place, work.path)
+            done.append((place, len(data), zlib.crc32(data)))
+        with self._lock:
+            work.pieces.extend(done)
+            if bad:
+                work.nonfinite[output.name] = work.nonfinite.get(output.name, 0) + bad
+            work.waiting[output.name] -= 1
+            last = work.waiting[output.name] == 0
+        if last:
+            source.release()
+        self._progress.add((end - begin) * (source.nbytes // max(1, source.num_rows)), output.name)
 
     def _each(self, function, items: Iterator[Any]) -> None:
         """function(item) for all, in threads; no more of them waiting than run."""
@@ -497,11 +485,32 @@ class _SourceHashes:
         self._thread.join()
 
 
-def _spans(tensor: Tensor) -> Iterator[Tuple[int, int]]:
-    rows = tensor.num_rows
-    step = max(1, CHUNK_BYTES // max(1, tensor.nbytes // max(1, rows)))
-    for begin in range(0, rows, step):
-        yield begin, min(begin + step, rows)
+@dataclass
+class _Work:
+    """What the threads that fill a shard share."""
+
+    fd: int
+    path: Path
+    pieces: List[Tuple[int, int, int]]  # offset, length, CRC-32
+    lost: Dict[Tuple[str, int], quantize.Error] = field(default_factory=dict)  # by tensor and first row
+    nonfinite: Dict[str, int] = field(default_factory=dict)
+    waiting: Dict[str, int] = field(default_factory=dict)  # spans of a tensor that are not written yet
+
+    def errors(self) -> Dict[str, quantize.Error]:
+        """In the order of the rows, so that the sums come out the same every time."""
+        total: Dict[str, quantize.Error] = {}
+        for name, begin in sorted(self.lost):
+            total.setdefault(name, quantize.Error()).add(self.lost[name, begin])
+        return total
+
+
+def _spans(outputs: List[Output], work: _Work) -> Iterator[Tuple[Output, int, int]]:
+    for output in outputs:
+        rows = output.source.num_rows
+        step = max(1, CHUNK_BYTES // max(1, output.source.nbytes // max(1, rows)))
+        work.waiting[output.name] = -(-rows // step)
+        for begin in range(0, rows, step):
+            yield output, begin, min(begin + step, rows)
 
 
 def _pwrite(fd: int, data: Any, offset: int, path: Path) -> None:
