@@ -1,6 +1,7 @@
 #include "engine/checkpoint_folder.h"
 
 #include "absl/strings/str_cat.h"
+#include "engine/model/folder.h"
 #include "engine/model/json.h"
 #include "engine/model/load_macros.h"
 #include "spdlog/spdlog.h"
@@ -9,12 +10,18 @@ namespace memserve::engine {
 namespace {
 
 constexpr int64_t kMaxConfigBytes = 4 << 20;
+// All that is read beside the tensors.
+constexpr const char* kFiles[] = {"config.json",         "generation_config.json", "tokenizer.json",         "tokenizer.model",
+                                  "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json"};
 
 }  // namespace
 
 absl::StatusOr<CheckpointFolder> ReadCheckpointFolder(const std::string& folder) {
   CheckpointFolder read;
   if (folder.empty()) return absl::InvalidArgumentError("checkpoint: no folder was given");
+  for (const char* name : kFiles) {
+    if (absl::Status s = CheckLink(absl::StrCat(folder, "/", name)); !s.ok()) return s;
+  }
   const std::string config = absl::StrCat(folder, "/config.json");
   LOAD_OR_RETURN(const std::string text, ReadFile(config, kMaxConfigBytes));
   LOAD_OR_RETURN(read.model, ParseModelConfig(text, config));

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <deque>
 #include <fstream>
+#include <map>
 #include <thread>
 #include <utility>
 
@@ -119,6 +120,20 @@ void LogPlan(const StartPlan& plan) {
   const size_t shown = std::min<size_t>(unused.size(), 5);
   spdlog::warn("{} tensors of the checkpoint are not part of the model and are left out: {}{}", unused.size(),
                absl::StrJoin(unused.begin(), unused.begin() + static_cast<int64_t>(shown), ", "), unused.size() > shown ? ", …" : "");
+}
+
+// Says how many weights are NaN or infinite, if any are. Ranks may have read the same tensor, or parts of it.
+void WarnOfNotFinite(const Executor& executor) {
+  std::map<std::string, int64_t> found;
+  for (const auto& rank : executor.ranks()) {
+    for (const auto& [name, count] : rank->loaded().not_finite) found[name] = std::max(found[name], count);
+  }
+  if (found.empty()) return;
+  int64_t values = 0;
+  for (const auto& [name, count] : found) values += count;
+  const auto& [name, count] = *found.begin();
+  spdlog::warn("{}{} weights in {} tensors are NaN or infinite, {} of them in '{}': what the model says is not to be trusted",
+               executor.ranks().size() > 1 ? "at least " : "", values, found.size(), count, name);
 }
 
 // Resident memory of this process as /proc tells it: "VmRSS" now, "VmHWM" at its peak. 0 where there is no /proc.
@@ -764,6 +779,7 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   const int64_t resident_before = ResidentBytes("VmRSS");
   absl::StatusOr<CheckpointFolder> loaded = ReadCheckpointFolder(options.checkpoint);
   if (!loaded.ok()) return loaded.status();
+  const absl::Time folder_read = absl::Now();
   // The layers keep a pointer to the configuration: it moves to its final place before they are built.
   auto config = std::make_unique<ModelConfig>(loaded->model);
   absl::StatusOr<StartPlan> plan = MakeStartPlan(options, *config, *loaded->tensors);
@@ -776,9 +792,14 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   const absl::Time read = absl::Now();
   ModelInfo info = Describe(options, *loaded, *plan, **executor);
   loaded->tensors.reset();
-  spdlog::info("start: headers and plan {:.3f} s, weights read and packed {:.3f} s, {} on {} ({} threads, {})",
-               absl::ToDoubleSeconds(planned - begin), absl::ToDoubleSeconds(read - planned), info.name, info.backend,
-               plan->executor.threads, info.isa);
+  int64_t read_bytes = 0;
+  for (const auto& rank : (*executor)->ranks()) read_bytes += rank->loaded().read_bytes;
+  const double read_seconds = absl::ToDoubleSeconds(read - planned);
+  spdlog::info("start: folder {:.3f} s, plan {:.3f} s, weights {:.3f} s ({} read and packed, {}/s); {} on {} ({} threads, {})",
+               absl::ToDoubleSeconds(folder_read - begin), absl::ToDoubleSeconds(planned - folder_read), read_seconds,
+               FormatBytes(read_bytes), FormatBytes(static_cast<int64_t>(static_cast<double>(read_bytes) / std::max(read_seconds, 1e-6))),
+               info.name, info.backend, plan->executor.threads, info.isa);
+  WarnOfNotFinite(**executor);
   spdlog::info("resident memory: {} before loading, {} now, {} at its peak (KV pages and scratch count once they are used)",
                FormatBytes(resident_before), FormatBytes(ResidentBytes("VmRSS")), FormatBytes(ResidentBytes("VmHWM")));
   auto engine = std::make_unique<EngineImpl>(options, *std::move(loaded), *plan, *std::move(executor), std::move(config));

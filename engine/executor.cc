@@ -41,6 +41,7 @@ absl::StatusOr<std::unique_ptr<Executor>> Executor::Load(const ModelConfig& conf
     if (!rank.ok()) return rank.status();
     executor->ranks_.push_back(*std::move(rank));
   }
+  if (absl::Status s = checkpoint.CheckUnchanged(); !s.ok()) return s;
   for (int r = 1; r < options.ranks; ++r) {
     executor->followers_.push_back(std::make_unique<Follower>());
     Follower& follower = *executor->followers_.back();

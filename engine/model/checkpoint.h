@@ -1,6 +1,5 @@
 // The tensors of a checkpoint folder: safetensors files whose headers were checked against the files. Nothing is mapped: tensors
 // are read with pread straight to where they are wanted, so a file that shrinks meanwhile gives an error, not a signal.
-// Source: the safetensors format (u64 header length, JSON header, data).
 #pragma once
 
 #include <cstdint>
@@ -11,21 +10,15 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "kernels/tensor.h"
+#include "engine/model/safetensors.h"
 
 namespace memserve::engine {
 
-struct TensorInfo {
-  std::string name;
-  kernels::DType dtype = kernels::DType::kF32;
-  std::vector<int64_t> shape;
-  int file = 0;        // index of the file
-  int64_t offset = 0;  // of its first byte in the file
-  int64_t bytes = 0;
+// What tells one state of a file from another.
+struct FileState {
+  int64_t bytes = 0, device = 0, inode = 0, modified_ns = 0;
+  bool operator==(const FileState&) const = default;
 };
-
-// "f32 [256, 64]", for messages.
-std::string Describe(const TensorInfo& tensor);
 
 // Constant after Open; reads may come from several threads.
 class Checkpoint {
@@ -43,11 +36,14 @@ class Checkpoint {
   // Copies bytes [begin, begin + bytes) of the tensor to `out`. DATA_LOSS when the file has fewer.
   absl::Status Read(const TensorInfo& tensor, int64_t begin, int64_t bytes, void* out) const;
 
+  // DATA_LOSS if a file is not what it was when it was opened. To be asked after the last Read.
+  absl::Status CheckUnchanged() const;
+
  private:
   struct File {
     std::string path;
     int descriptor = -1;
-    int64_t bytes = 0;
+    FileState state;  // when it was opened
   };
 
   Checkpoint() = default;

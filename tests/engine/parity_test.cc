@@ -115,6 +115,30 @@ INSTANTIATE_TEST_SUITE_P(Cases, ParityTest, ::testing::ValuesIn(Settings()), [](
   return info.param.golden + "_" + info.param.backend + "_" + std::to_string(info.param.ranks) + "ranks";
 });
 
+// What was added to the original format; expected are the numbers of the implementation in tests/golden/check.py.
+TEST(ParityTest, AdditionsToTheFormatAgreeWithAnIndependentImplementation) {
+  for (const char* name : {"added/layer_norm", "added/rms_norm"}) {
+    const GoldenCase golden = LoadGolden(name);
+    for (const Setting& setting : {Setting{name, "reference", 1}, Setting{name, "cpu", 1}, Setting{name, "cpu", 2}}) {
+      const std::unique_ptr<LoadedModel> model = LoadModel(Options(setting, golden));
+      const int64_t vocab = model->config.vocab_size;
+      for (const GoldenSequence& sequence : golden.sequences) {
+        std::vector<int32_t> tokens = sequence.tokens;
+        tokens.insert(tokens.end(), sequence.greedy_tokens.begin(), sequence.greedy_tokens.end());
+        const std::vector<float> logits = model->executor->ExecuteForLogits(PrefillBatch(*model, {tokens})).value();
+        const std::vector<float> expected = golden.Floats(sequence.name + ".logits");
+        const int64_t prompt = static_cast<int64_t>(sequence.tokens.size());
+        const float* last = &logits[prompt * vocab - static_cast<int64_t>(expected.size())];
+        EXPECT_LT(WorstDifference(last, expected).first, 1e-4) << ::testing::PrintToString(setting) << " " << sequence.name;
+        for (int64_t t = prompt; t < static_cast<int64_t>(tokens.size()); ++t) {
+          const float* row = &logits[(t - 1) * vocab];
+          EXPECT_EQ(std::max_element(row, row + vocab) - row, tokens[t]) << ::testing::PrintToString(setting) << " position " << t;
+        }
+      }
+    }
+  }
+}
+
 TEST(ParityTest, ABfloat16CheckpointStaysNearTheOriginalRunInBfloat16) {
   const GoldenCase golden = LoadGolden("F");
   EngineOptions options = ParityOptions(golden.checkpoint);

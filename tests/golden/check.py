@@ -61,24 +61,54 @@ class Model:
     def norm(self, name, x):
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + self.config["norm_eps"]) * self.weights[name + ".weight"]
 
+    def frequencies(self, head_dim):
+        """Angle per position of each pair, and what cos and sin are multiplied with."""
+        theta, scaling = self.config["rope_theta"], self.config.get("rope_scaling") or {}
+        frequency = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+        kind = scaling.get("rope_type", "default")
+        if kind == "linear":
+            return frequency / scaling["factor"], 1.0
+        if kind == "yarn":
+            ends = [head_dim * math.log(scaling["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (2 * math.log(theta))
+                    for turns in (scaling.get("beta_fast", 32), scaling.get("beta_slow", 1))]
+            begin, end = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), head_dim - 1)
+            ramp = np.clip((np.arange(head_dim // 2) - begin) / max(end - begin, 0.001), 0, 1)
+            return frequency * (1 - ramp) + frequency / scaling["factor"] * ramp, 0.1 * math.log(scaling["factor"]) + 1
+        assert kind == "default", kind
+        return frequency, 1.0
+
     def rotate(self, x):  # [T, heads, head_dim]
-        head_dim = x.shape[-1]
-        frequency = self.config["rope_theta"] ** (-np.arange(0, head_dim, 2) / head_dim)
+        frequency, magnitude = self.frequencies(x.shape[-1])
         angle = (np.arange(len(x))[:, None] * frequency)[:, None, :]
+        cos, sin = magnitude * np.cos(angle), magnitude * np.sin(angle)
         even, odd = x[..., 0::2], x[..., 1::2]
-        pairs = even * np.cos(angle) - odd * np.sin(angle), even * np.sin(angle) + odd * np.cos(angle)
+        pairs = even * cos - odd * sin, even * sin + odd * cos
         return np.stack(pairs, -1).reshape(x.shape)
 
     def attention(self, name, x):
         num_tokens, n_heads = len(x), self.config["n_heads"]
         n_kv_heads = self.config["n_kv_heads"] or n_heads
-        q = self.rotate(self.linear(name + ".wq", x).reshape(num_tokens, n_heads, -1))
-        k = self.rotate(self.linear(name + ".wk", x).reshape(num_tokens, n_kv_heads, -1))
+        q = self.linear(name + ".wq", x).reshape(num_tokens, n_heads, -1)
+        k = self.linear(name + ".wk", x).reshape(num_tokens, n_kv_heads, -1)
+        if self.config.get("qk_norm"):
+            q, k = self.norm(name + ".q_norm", q), self.norm(name + ".k_norm", k)
+        q, k = self.rotate(q), self.rotate(k)
         v = self.linear(name + ".wv", x).reshape(num_tokens, n_kv_heads, -1)
         k, v = (np.repeat(a, n_heads // n_kv_heads, axis=1) for a in (k, v))
         scores = np.einsum("thd,shd->hts", q, k) / math.sqrt(q.shape[-1])
         scores += np.triu(np.full((num_tokens, num_tokens), -np.inf), 1)
         return self.linear(name + ".wo", np.einsum("hts,shd->thd", softmax(scores), v).reshape(num_tokens, -1))
+
+    def query_norm(self, name, query):  # [T, mem_heads, 2, half_dim]
+        kind = self.memory.get("query_norm")
+        if not kind:
+            return query
+        x = query if self.memory.get("query_norm_over") == "half" else query.reshape(*query.shape[:2], -1)
+        eps, bias = self.memory.get("query_norm_eps", 1e-5), self.weights.get(name + ".bias", 0)
+        if kind == "layer_norm":
+            x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * self.weights[name + ".weight"]
+        return (x + bias if kind == "layer_norm" else x).reshape(query.shape)
 
     def table(self, name, layer):
         owner = self.memory_layers[0] if self.memory["mem_share_values"] else layer
@@ -88,6 +118,7 @@ class Model:
         heads, n_keys, knn = (self.memory[key] for key in ("mem_heads", "mem_n_keys", "mem_knn"))
         num_tokens = len(x)
         query = self.linear(name + ".query_proj.query_mlps.0", x).reshape(num_tokens, heads, 2, -1)
+        query = self.query_norm(name + ".query_norm", query)
         half_keys = self.weights[name + ".keys"].reshape(heads, 2, n_keys, -1)
         half_score = np.einsum("thsd,hsid->thsi", query, half_keys)
         score = (half_score[:, :, 0, :, None] + half_score[:, :, 1, None, :]).reshape(num_tokens, heads, -1)
