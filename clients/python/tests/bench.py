@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times memserve-convert on a checkpoint with one large bf16 table, beside a plain copy of the same file in the same run:
 
-  clients/python/tests/bench.py FOLDER [GIB]      FOLDER: where there is room for three times as much; GIB: default 1
+clients/python/tests/bench.py FOLDER [GIB]      FOLDER: where there is room for three times as much; GIB: default 1
 """
 
 import json
@@ -72,8 +72,10 @@ def main():
         wall, after = time.monotonic() - began, os.times()
         processor = after.children_user + after.children_system - before.children_user - before.children_system
         off = re.search(r"error of ([\d.]+ %)", done.stderr)
-        print(f"--table_dtype={kind:5}        {size / wall:7.0f} MiB/s of the source, {size / processor:5.0f} a second of one core, "
-              f"peak memory {int(done.stdout) / 1024:.0f} MiB" + (f", rows {off[1]} off" if off else ""))
+        print(
+            f"--table_dtype={kind:5}        {size / wall:7.0f} MiB/s of the source, {size / processor:5.0f} a second of one core, "
+            f"peak memory {int(done.stdout) / 1024:.0f} MiB" + (f", rows {off[1]} off" if off else "")
+        )
         shutil.rmtree(folder / kind)
     shutil.rmtree(folder)
 
