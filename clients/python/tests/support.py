@@ -36,7 +36,8 @@ class Case(unittest.TestCase):
 
         arguments = cli.parser().parse_args([str(source), str(self.folder / name), "--quiet", *flags])
         options = cli.writer.Options(
-            arguments.dtype, arguments.table_dtype, arguments.max_shard_bytes, arguments.threads, arguments.quiet)
+            arguments.dtype, arguments.table_dtype, arguments.max_shard_bytes, arguments.threads, arguments.quiet
+        )
         self.report = cli.convert(arguments.source, arguments.dest, options, arguments.tokenizer)
         return self.folder / name
 
@@ -145,7 +146,9 @@ def _pickled(value, storages):
             key = v.key if v.key is not None else str(len(storages))
             storages.setdefault(key, v.array.tobytes())
             pid = dump(("storage", Global("torch", v.kind), key, "cpu", v.array.size)) + b"Q"
-            inner = b"(" + pid + b"".join(map(dump, (v.offset, v.shape, v.stride, False, Call(Global("collections", "OrderedDict")))))
+            inner = (
+                b"(" + pid + b"".join(map(dump, (v.offset, v.shape, v.stride, False, Call(Global("collections", "OrderedDict")))))
+            )
             return dump(Global("torch._utils", "_rebuild_tensor_v2")) + inner + b"tR"
         raise TypeError(v)
 

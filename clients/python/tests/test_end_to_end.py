@@ -10,7 +10,8 @@ import subprocess
 import time
 import unittest
 
-from support import GOLDEN, ROOT, Case, requires_numpy
+from support import GOLDEN, ROOT, Case, TorchTensor, requires_numpy, write_torch
+from test_families import TOKENS, PeerModel, SparseMemoryModel
 
 SERVER = pathlib.Path(os.environ.get("MEMSERVE", ROOT / "build/server/memserve"))
 CLIENT = pathlib.Path(os.environ.get("MEMSERVE_CLIENT", ROOT / "build/clients/memserve-client"))
@@ -72,6 +73,34 @@ class EndToEndTest(Case):
     def test_greedy_tokens_equal_those_of_the_original_implementation(self):
         for case in "ABDEFH":
             self._check(case)
+
+    def _follows(self, model, checkpoint):
+        """The server's greedy tokens against those of the family's own arithmetic in float64."""
+        tokens = list(TOKENS)
+        for _ in range(24):
+            tokens.append(int(model.logits(tokens)[-1].argmax()))
+        self.assertEqual(self._greedy(self._serve(checkpoint), TOKENS)[:24], tokens[len(TOKENS) :])
+
+    def test_sparse_memory_lm_with_four_bit_rows(self):
+        model = SparseMemoryModel()
+        packed, scales = model.quantise()
+        source = self.folder / "source"
+        source.mkdir()
+        names = [f"layers.{layer}.ffn.values.weight" for layer in (0, 2)]
+        write_torch(source / "rest.pt", {**model.state(False), "table_keys": names, "table_shape": [36, 24]})
+        packed.tofile(source / "values_q4.bin")
+        scales.tofile(source / "scales_q4.bin")
+        self._follows(model, self.convert(source))
+
+    def test_peer_layers_in_a_llama(self):
+        model = PeerModel()
+        for side in ("up", "down"):  # so that the experts decide what comes next
+            model.w[f"model.layers.1.mlp.weight_{side}_embed.weight"] *= 4
+        source = self.folder / "source"
+        source.mkdir()
+        (source / "config.json").write_text(json.dumps(model.config))
+        write_torch(source / "pytorch_model.bin", {name: TorchTensor(array) for name, array in model.w.items()})
+        self._follows(model, self.convert(source))
 
     def test_shards_serve_as_one_file_does(self):
         self._check("A", "--max_shard_bytes=200k")

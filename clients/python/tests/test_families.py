@@ -270,12 +270,21 @@ class PeerTest(Case):
             self.assertEqual(list(rows), [1])
             np.testing.assert_allclose(logits, model.logits(TOKENS), atol=2e-4)
 
+    def test_takes_rotary_settings_in_both_spellings(self):
+        model = PeerModel()
+        model.config.pop("rope_theta")
+        model.config["rope_parameters"] = {"rope_theta": 700.0, "rope_type": "linear", "factor": 2.0}
+        config = json.loads((self.convert(self._source(model)) / "config.json").read_text())
+        self.assertEqual((config["rope_theta"], config["rope_scaling"]), (700.0, {"rope_type": "linear", "factor": 2.0}))
+
     def test_refuses_what_has_no_counterpart(self):
         def peer(**values):
             return lambda model: model.config["peer_config"].update(values)
 
         self.fails("softmax_on_scores is not true", self._source(PeerModel(), peer(softmax_on_scores=False)))
-        self.fails("softmax_on_scores is not true", self._source(PeerModel(), lambda m: m.config["peer_config"].pop("softmax_on_scores")))
+        self.fails(
+            "softmax_on_scores is not true", self._source(PeerModel(), lambda m: m.config["peer_config"].pop("softmax_on_scores"))
+        )
         self.fails("separate_embed_per_head is set", self._source(PeerModel(), peer(separate_embed_per_head=True)))
         self.fails("activation is 'relu'", self._source(PeerModel(), peer(activation="relu")))
         self.fails("product_key_topk is smaller than num_experts_per_head, 3", self._source(PeerModel(), peer(product_key_topk=2)))
@@ -401,7 +410,12 @@ class GgufTest(Case):
         return path
 
     def test_gives_the_hugging_face_tensors_back(self):
-        for model_type, tied, bias in (("llama", False, False), ("llama", True, True), ("qwen2", True, False), ("qwen3", False, False)):
+        for model_type, tied, bias in (
+            ("llama", False, False),
+            ("llama", True, True),
+            ("qwen2", True, False),
+            ("qwen3", False, False),
+        ):
             config, tensors = hugging_face(model_type, tied, bias)
             # llama.cpp has no bias on the output of Llama's attention; Hugging Face's attention_bias wants one
             stored = {name: array for name, array in tensors.items() if not (name.endswith("o_proj.bias"))}
@@ -427,7 +441,11 @@ class GgufTest(Case):
         linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
         out = self.convert(self._file(config, tensors, linear), name="linear")
         self.assertEqual(json.loads((out / "config.json").read_text())["rope_scaling"], {"rope_type": "linear", "factor": 4.0})
-        yarn = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 8.0, "llama.rope.scaling.original_context_length": 64}
+        yarn = {
+            "llama.rope.scaling.type": "yarn",
+            "llama.rope.scaling.factor": 8.0,
+            "llama.rope.scaling.original_context_length": 64,
+        }
         out = self.convert(self._file(config, tensors, yarn), name="yarn")
         self.assertEqual(json.loads((out / "config.json").read_text())["rope_scaling"],
                          {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64})  # fmt: skip
@@ -523,7 +541,12 @@ class GgufTest(Case):
                   "tokenizer.ggml.token_type": [3, 3, 1, 1, 1, 1, 1, 1, 4, 5], "tokenizer.ggml.merges": ["a b", "ab c"],
                   "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.eot_token_id": 8,
                   "tokenizer.chat_template": "{{ messages[0].content }}"}  # fmt: skip
-        patterns = {"smollm": ["Digits", "ByteLevel"], "llama-bpe": ["Split", "ByteLevel"], "qwen2": ["Split", "ByteLevel"], "gpt-2": None}
+        patterns = {
+            "smollm": ["Digits", "ByteLevel"],
+            "llama-bpe": ["Split", "ByteLevel"],
+            "qwen2": ["Split", "ByteLevel"],
+            "gpt-2": None,
+        }
         for pre, steps in patterns.items():
             out = self._with_tokenizer({**fields, "tokenizer.ggml.pre": pre})
             document = json.loads((out / "tokenizer.json").read_text())

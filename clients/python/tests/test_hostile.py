@@ -101,7 +101,16 @@ class HostilePickleTest(Case):
         self._refused(b"\x80\x02})" + b"\x85" * 200_000 + b"Ns.", "a key that is not a plain value")
 
     def test_refuses_what_is_no_pickle(self):
-        for data in (b"", b".", b"\x80\x09N.", b"\x80\x02(((", b"\x80\x02R.", b"\x80\x02a.", b"\x80\x02X\x02\x00\x00\x00\xff\xfe.", b"I1"):
+        for data in (
+            b"",
+            b".",
+            b"\x80\x09N.",
+            b"\x80\x02(((",
+            b"\x80\x02R.",
+            b"\x80\x02a.",
+            b"\x80\x02X\x02\x00\x00\x00\xff\xfe.",
+            b"I1",
+        ):
             self._refused(data, "data.pkl")
 
     def test_reads_what_pickletools_can_read(self):
@@ -166,7 +175,9 @@ class HostileArchiveTest(Case):
 
     def test_refuses_absurd_shapes(self):
         for shape in ((-1,), (1 << 60,), (2,) * 9, (1 << 40, 1 << 40)):
-            write_torch(self.path, {"model": {"norm.weight": TorchTensor(np.zeros(4, "f4"), shape=shape, stride=(1,) * len(shape))}})
+            write_torch(
+                self.path, {"model": {"norm.weight": TorchTensor(np.zeros(4, "f4"), shape=shape, stride=(1,) * len(shape))}}
+            )
             self.fails("'norm.weight' has", self.source)
 
     def test_counts_values_that_are_not_finite(self):
@@ -217,7 +228,9 @@ class HostileFolderTest(Case):
         source = self.folder / "source"
         source.mkdir()
         shutil.copyfile(GOLDEN / "E/checkpoint/config.json", source / "config.json")
-        (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"norm.weight": "../../secret.safetensors"}}))
+        (source / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"norm.weight": "../../secret.safetensors"}})
+        )
         self.fails("'../../secret.safetensors' leads out of the folder", source)
 
     def _safetensors(self, edit=None, raw=None):
@@ -253,7 +266,14 @@ class HostileFolderTest(Case):
 
     def test_refuses_configurations_that_lie(self):
         source = self.folder / "source"
-        for key, value in (("dim", -1), ("dim", "64"), ("n_layers", 1 << 40), ("n_layers", 4097), ("vocab_size", None), ("dim", 1e300)):
+        for key, value in (
+            ("dim", -1),
+            ("dim", "64"),
+            ("n_layers", 1 << 40),
+            ("n_layers", 4097),
+            ("vocab_size", None),
+            ("dim", 1e300),
+        ):
             shutil.rmtree(source, True)
             shutil.copytree(GOLDEN / "E/checkpoint", source)
             config = json.loads((source / "config.json").read_text())

@@ -9,7 +9,7 @@ import time
 import unittest
 from unittest import mock
 
-from support import GOLDEN, HERE, Case, TorchTensor, np, requires_numpy, write_gguf, write_torch
+from support import GOLDEN, HERE, Case, TorchTensor, requires_numpy, write_gguf, write_torch
 from test_families import (PeerModel, SparseMemoryModel, as_llama_cpp, gguf_fields, hugging_face)  # fmt: skip
 
 ROUNDS = int(os.environ.get("MEMSERVE_MUTATIONS", "60"))  # of each form

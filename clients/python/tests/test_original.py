@@ -166,7 +166,9 @@ class OriginalTest(Case):
         at = bytes(blob).rfind(table[:4096])
         blob[at + 100] ^= 1
         (source / "consolidated.pth").write_bytes(blob)
-        self.fails("'layers.4.feed_forward.values.weight' differs from .*'layers.1.feed_forward.values.weight'.*mem_share_values", source)
+        self.fails(
+            "'layers.4.feed_forward.values.weight' differs from .*'layers.1.feed_forward.values.weight'.*mem_share_values", source
+        )
 
     def test_reads_views_by_offset_and_stride(self):
         base = np.arange(24, dtype="f4")

@@ -42,17 +42,35 @@ def _bytes(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
-        prog="memserve-convert", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="memserve-convert", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     result.add_argument("source", type=Path, metavar="SOURCE")
     result.add_argument("dest", type=Path, metavar="DEST", help="a new or empty folder, or one to go on with")
-    result.add_argument("--dtype", choices=("keep", "f32", "bf16", "f16"), default="keep",
-                        help="type of the weights; keep (default): as they are, quantised GGUF blocks as f32")
-    result.add_argument("--table_dtype", choices=("keep", "f32", "bf16", "int8", "int4"), default="keep",
-                        help="type of the value tables; int8 and int4 with a scale for each row")
-    result.add_argument("--max_shard_bytes", type=_bytes, default=4 << 30, metavar="SIZE",
-                        help="a new file is begun beyond this (default 4GiB); a larger tensor has a file of its own")
-    result.add_argument("--tokenizer", type=Path, metavar="FILE",
-                        help="tokenizer.model, tokenizer.json, or a folder with them, instead of the source's own")
+    result.add_argument(
+        "--dtype",
+        choices=("keep", "f32", "bf16", "f16"),
+        default="keep",
+        help="type of the weights; keep (default): as they are, quantised GGUF blocks as f32",
+    )
+    result.add_argument(
+        "--table_dtype",
+        choices=("keep", "f32", "bf16", "int8", "int4"),
+        default="keep",
+        help="type of the value tables; int8 and int4 with a scale for each row",
+    )
+    result.add_argument(
+        "--max_shard_bytes",
+        type=_bytes,
+        default=4 << 30,
+        metavar="SIZE",
+        help="a new file is begun beyond this (default 4GiB); a larger tensor has a file of its own",
+    )
+    result.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="tokenizer.model, tokenizer.json, or a folder with them, instead of the source's own",
+    )
     result.add_argument("--threads", type=int, default=0, metavar="N", help="default: one for each core, at most 4")
     result.add_argument("--quiet", action="store_true", help="print errors only")
     result.add_argument("--version", action="version", version=f"memserve-convert {__version__}")
@@ -74,8 +92,10 @@ def convert(source: Path, dest: Path, options: writer.Options, tokenizer: Option
         progress.line(f"note: {note}")
     report = writer.Writer(model, dest, options, progress).write()
     for name, error in report.errors.items():
-        progress.line(f"{name}: rows restored with a relative RMS error of {100 * error.relative_rms:.3f} %, "
-                      f"at most {error.largest:.3g} off (largest value {error.reach:.3g})")
+        progress.line(
+            f"{name}: rows restored with a relative RMS error of {100 * error.relative_rms:.3f} %, "
+            f"at most {error.largest:.3g} off (largest value {error.reach:.3g})"
+        )
     for index, (name, count) in enumerate(report.nonfinite.items()):
         if index == 5:
             progress.line(f"warning: {len(report.nonfinite) - 5} more tensors have values that are NaN or infinite")

@@ -38,8 +38,10 @@ class Progress:
             share = min(1.0, self._done / self._total)
             speed = self._done / max(now - self._began, 1e-6)
             rest = (self._total - self._done) / max(speed, 1.0)
-            text = (f"{100 * share:3.0f} %  {size_text(self._done)} of {size_text(self._total)}, {size_text(speed)}/s, "
-                    f"{rest:.0f} s to go  {what}")
+            text = (
+                f"{100 * share:3.0f} %  {size_text(self._done)} of {size_text(self._total)}, {size_text(speed)}/s, "
+                f"{rest:.0f} s to go  {what}"
+            )
             if self._tty:
                 bar = "#" * int(24 * share)
                 self._draw(f"[{bar:<24}] {text}"[:120])

@@ -1,7 +1,7 @@
 """Rows of a value table in 8 or 4 bits, with one symmetric scale per row, computed from the whole row.
 
-  int8: scale = max|row| / 127, q = x / scale rounded (ties to even), stored as I8
-  int4: scale = max|row| / 7, q in [-7, 7], stored as q + 8: the low nibble is the even column, the high nibble the odd one
+int8: scale = max|row| / 127, q = x / scale rounded (ties to even), stored as I8
+int4: scale = max|row| / 7, q in [-7, 7], stored as q + 8: the low nibble is the even column, the high nibble the odd one
 """
 
 from __future__ import annotations

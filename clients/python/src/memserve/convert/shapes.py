@@ -163,11 +163,15 @@ def check(model: Model, where: str) -> None:
     """Every tensor that the configuration asks for is there, in its shape, and no other. Fills in the names of the tables."""
     shapes, tables, optional = expected(model.config, where)
     for name in sorted(set(shapes) - set(model.tensors) - optional):
-        raise ConvertError(f"{model.source.folder}: the tensor '{short(name)}' is missing; {where} asks for it, {list(shapes[name])}")
+        raise ConvertError(
+            f"{model.source.folder}: the tensor '{short(name)}' is missing; {where} asks for it, {list(shapes[name])}"
+        )
     for name, tensor in model.tensors.items():
         if name not in shapes and not (name.endswith(".scale") and name[: -len("scale")] + "weight" in tables):
-            raise ConvertError(f"{tensor.where} is not one that {where} asks for"
-                               + (f" ('{short(name)}')" if short(name) not in tensor.where else ""))
+            raise ConvertError(
+                f"{tensor.where} is not one that {where} asks for"
+                + (f" ('{short(name)}')" if short(name) not in tensor.where else "")
+            )
         if name in shapes and name not in model.exact and tensor.shape != shapes[name]:
             peer_unused = name in optional and name not in tables
             if not peer_unused:

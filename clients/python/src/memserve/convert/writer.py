@@ -256,8 +256,9 @@ class Writer:
             except (ValueError, OSError):
                 raise ConvertError(f"{path} cannot be read; remove {self._dest} and begin again") from None
             if not isinstance(state, dict) or state.get("key") != key:
-                raise ConvertError(f"{self._dest} holds another conversion (other source or options); "
-                                   "remove it or give another folder")
+                raise ConvertError(
+                    f"{self._dest} holds another conversion (other source or options); remove it or give another folder"
+                )
             state["complete"] = name == PROVENANCE
             return state
         state = {"key": key, "shards": {}}
@@ -267,8 +268,9 @@ class Writer:
     def _verify_finished(self, state: Dict[str, Any]) -> None:
         for shard in self._shards:
             if not self._finished(shard, state):
-                raise ConvertError(f"{self._dest / shard.name} is not what was written there; "
-                                   f"remove {self._dest} and convert again")
+                raise ConvertError(
+                    f"{self._dest / shard.name} is not what was written there; remove {self._dest} and convert again"
+                )
 
     def _finished(self, shard: Shard, state: Dict[str, Any]) -> bool:
         entry = state["shards"].get(shard.name)
@@ -433,8 +435,10 @@ class Writer:
                 raise ConvertError("interrupted")
             data = os.pread(fd, length, offset)
             if offset != at or len(data) != length or zlib.crc32(data) != crc:
-                raise ConvertError(f"{path}: bytes {offset} to {offset + length} read back differ from what was written; "
-                                   "the disk or the memory is faulty")
+                raise ConvertError(
+                    f"{path}: bytes {offset} to {offset + length} read back differ from what was written; "
+                    "the disk or the memory is faulty"
+                )
             digest.update(data)
             at += length
         if at != size or os.fstat(fd).st_size != size:

@@ -19,8 +19,17 @@ from memserve.convert.readers import gguf
 from memserve.convert.shapes import Fields
 from memserve.convert.tensor import Computed, Tensor
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-OUTER = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+OUTER = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
 INNER = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
@@ -41,8 +50,9 @@ def _split(pattern: str) -> Dict[str, Any]:
 
 def _words(digits: str) -> str:
     """The pattern that Llama 3 and Qwen 2 share but for how many digits go together."""
-    return (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits +
-            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    return (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
 
 
 PRE_TOKENIZERS = {
@@ -182,8 +192,10 @@ def _llama3_scaling(keys: Keys, tensor: Tensor, head_dim: int, original: int) ->
     low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
     smooth = np.clip((scaling["original_max_position_embeddings"] / wavelength - low) / (high - low), 0.0, 1.0)
     if not (np.isfinite(factors).all() and factor >= 1 and np.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=1e-3)):
-        raise ConvertError(f"{tensor.where} has factors that are not Llama 3's (low 1, high 4, original context "
-                           f"{scaling['original_max_position_embeddings']}); they have no form in a Hugging Face configuration")
+        raise ConvertError(
+            f"{tensor.where} has factors that are not Llama 3's (low 1, high 4, original context "
+            f"{scaling['original_max_position_embeddings']}); they have no form in a Hugging Face configuration"
+        )
     return scaling
 
 
@@ -251,12 +263,15 @@ def _add_tokenizer(model: Model, keys: Keys) -> None:
     tokens = _list(fields, "tokenizer.ggml.tokens", str)
     types = _list(fields, "tokenizer.ggml.token_type", int) or [NORMAL] * len(tokens)
     if len(types) != len(tokens) or len(tokens) > model.config["vocab_size"]:
-        raise ConvertError(f"{keys.where}: has {len(tokens)} tokens with {len(types)} types for {model.config['vocab_size']} embeddings")
+        raise ConvertError(
+            f"{keys.where}: has {len(tokens)} tokens with {len(types)} types for {model.config['vocab_size']} embeddings"
+        )
     if kind == "gpt2":
         pre = fields.text("tokenizer.ggml.pre", "default")
         if pre not in PRE_TOKENIZERS:
-            raise ConvertError(f"{keys.where}: tokenizer.ggml.pre is '{short(pre)}'; known are {', '.join(PRE_TOKENIZERS)} "
-                               "(give --tokenizer=FILE)")
+            raise ConvertError(
+                f"{keys.where}: tokenizer.ggml.pre is '{short(pre)}'; known are {', '.join(PRE_TOKENIZERS)} (give --tokenizer=FILE)"
+            )
         add_bos = fields.boolean("tokenizer.ggml.add_bos_token", pre in LLAMA3)
         model.files["tokenizer.json"] = _bpe(tokens, types, _list(fields, "tokenizer.ggml.merges", str), pre, model, add_bos)
         name = "PreTrainedTokenizerFast"

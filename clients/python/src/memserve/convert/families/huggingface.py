@@ -40,7 +40,9 @@ def read_tensors(source: Source) -> Dict[str, Tensor]:
 def read(source: Source, tokenizer: Optional[Path]) -> Model:
     where = str(source.folder / "config.json")
     config = source.json("config.json")
-    model = Model("Hugging Face folder", source, dict(config), {}, dtype_keys={"torch_dtype", "dtype"} & set(config) or {"torch_dtype"})
+    model = Model(
+        "Hugging Face folder", source, dict(config), {}, dtype_keys={"torch_dtype", "dtype"} & set(config) or {"torch_dtype"}
+    )
     check_config(config, where)
     tensors = read_tensors(source)
     wanted = expected(config, where)
@@ -73,7 +75,9 @@ def check_config(config: Dict[str, Any], where: str) -> None:
     if model_type not in MODEL_TYPES:
         raise ConvertError(f"{where}: model_type is '{short(model_type)}'; known are {', '.join(MODEL_TYPES)} and memory_llama")
     if config.get("quantization_config") is not None:
-        raise ConvertError(f"{where}: the weights are quantised (quantization_config), which is not read; take the unquantised model")
+        raise ConvertError(
+            f"{where}: the weights are quantised (quantization_config), which is not read; take the unquantised model"
+        )
 
 
 def expected(config: Dict[str, Any], where: str) -> Dict[str, Tuple[int, ...]]:

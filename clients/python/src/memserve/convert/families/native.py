@@ -37,7 +37,9 @@ def _mark_quantised(model: Model, where: str) -> None:
         rows, width = wanted[name]
         stored = (rows, width if codes.dtype == "I8" else (width + 1) // 2)
         if codes.shape != stored:
-            raise ConvertError(f"{codes.where} has the shape {list(codes.shape)}; {codes.dtype} rows of {width} ask for {list(stored)}")
+            raise ConvertError(
+                f"{codes.where} has the shape {list(codes.shape)}; {codes.dtype} rows of {width} ask for {list(stored)}"
+            )
         if scale not in model.tensors or model.tensors[scale].shape != (rows,) or model.tensors[scale].dtype != "F32":
             raise ConvertError(f"{codes.where} needs '{scale}', F32 [{rows}], beside it")
         model.exact |= {name, scale}
@@ -50,5 +52,6 @@ def widen(model: Model) -> None:
         codes, scales = model.tensors[name], model.tensors.pop(f"{name[: -len('.weight')]}.scale")
         shape = wanted[name]
         model.tensors[name] = MappedRows(
-            (codes, scales), "F32", shape, lambda c, s, width=shape[1]: quantize.dequantize(c, s, width))
+            (codes, scales), "F32", shape, lambda c, s, width=shape[1]: quantize.dequantize(c, s, width)
+        )
         model.exact -= {name}

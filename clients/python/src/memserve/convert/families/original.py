@@ -88,8 +88,9 @@ def add_tokenizer(model: Model, params: Dict[str, Any], tokenizer: Optional[Path
                     raise ConvertError(f"{folder.folder / candidate} is no {kind} model, as params.json says it is")
                 model.files["tokenizer.model"] = found
                 return kind
-    model.notes.append(f"the tokenizer '{short(path)}' is not beside params.json; the model takes token ids only, "
-                       "or give --tokenizer=FILE")
+    model.notes.append(
+        f"the tokenizer '{short(path)}' is not beside params.json; the model takes token ids only, or give --tokenizer=FILE"
+    )
     return "none"
 
 
@@ -171,7 +172,9 @@ def fold_batch_norm(model: Model, prefix: str, projection: str, norm: str) -> No
         weight, bias = tensors[projection + ".weight"], tensors[projection + ".bias"]
         mean, variance = tensors.pop(norm + ".running_mean"), tensors.pop(norm + ".running_var")
     except KeyError as error:
-        raise ConvertError(f"{model.source.folder}: the tensor {error} is missing, which the BatchNorm '{short(norm)}' needs") from None
+        raise ConvertError(
+            f"{model.source.folder}: the tensor {error} is missing, which the BatchNorm '{short(norm)}' needs"
+        ) from None
     gamma, beta = tensors.pop(norm + ".weight", None), tensors.pop(norm + ".bias", None)
     rows = weight.shape[0]
     for tensor in (bias, mean, variance, gamma, beta):
@@ -186,9 +189,11 @@ def fold_batch_norm(model: Model, prefix: str, projection: str, norm: str) -> No
         return gain, (beta.f64() if beta is not None else 0.0) - gain * mean.f64()
 
     tensors[projection + ".weight"] = Computed(
-        weight.where, "F32", weight.shape, lambda: (weight.f64() * factors()[0][:, None]).astype("<f4"))
+        weight.where, "F32", weight.shape, lambda: (weight.f64() * factors()[0][:, None]).astype("<f4")
+    )
     tensors[projection + ".bias"] = Computed(
-        bias.where, "F32", bias.shape, lambda: (bias.f64() * factors()[0] + factors()[1]).astype("<f4"))
+        bias.where, "F32", bias.shape, lambda: (bias.f64() * factors()[0] + factors()[1]).astype("<f4")
+    )
     model.notes.append(f"{prefix[:-1]}: the queries' BatchNorm is folded into their projection")
 
 
@@ -198,7 +203,9 @@ def keep_query_norm(model: Model, memory: shapes.Fields, prefix: str, norm: str)
     bias = model.tensors.pop(norm + ".bias", None)
     k_dim = memory.integer("mem_k_dim", 2, 1 << 20, 512)
     if weight.shape not in ((k_dim,), (k_dim // 2,)):
-        raise ConvertError(f"{weight.where} has the shape {list(weight.shape)}; a norm of the query has [{k_dim}], of a half [{k_dim // 2}]")
+        raise ConvertError(
+            f"{weight.where} has the shape {list(weight.shape)}; a norm of the query has [{k_dim}], of a half [{k_dim // 2}]"
+        )
     kind = memory.text("query_norm", "") or ("layer_norm" if bias is not None else "rms_norm")
     chosen = {"query_norm": kind, "query_norm_over": "head" if weight.shape == (k_dim,) else "half"}
     memory.document.update(chosen)

@@ -59,8 +59,13 @@ def read(source: Source, tokenizer: Optional[Path]) -> Model:
         raise ConvertError(f"{where}: mlp_bias, and attention_bias with one on the output, have no form beside memory layers")
     _check_peer(peer)
     tensors = huggingface.read_tensors(source)
-    layers = sorted({int(name.split(".")[2]) for name in tensors
-                     if name.startswith("model.layers.") and name.endswith(".mlp.to_queries.0.weight")})
+    layers = sorted(
+        {
+            int(name.split(".")[2])
+            for name in tensors
+            if name.startswith("model.layers.") and name.endswith(".mlp.to_queries.0.weight")
+        }
+    )
     if not layers:
         raise ConvertError(f"{source.folder}: config.json has peer_config, but no layer has a tensor mlp.to_queries.0.weight")
     heads = peer.integer("heads", 1, 1024, 8)
@@ -69,8 +74,10 @@ def read(source: Source, tokenizer: Optional[Path]) -> Model:
     n_heads = fields.integer("num_attention_heads", 1, 4096)
     keys = tensors.get(f"model.layers.{layers[0]}.mlp.keys")
     if keys is None or len(keys.shape) != 4 or keys.shape[0] != heads or keys.shape[2] != 2:
-        raise ConvertError(f"{source.folder}: 'model.layers.{layers[0]}.mlp.keys' is missing or not [{heads}, num_keys, 2, dim_key]"
-                           + (f" but {list(keys.shape)}" if keys is not None else ""))
+        raise ConvertError(
+            f"{source.folder}: 'model.layers.{layers[0]}.mlp.keys' is missing or not [{heads}, num_keys, 2, dim_key]"
+            + (f" but {list(keys.shape)}" if keys is not None else "")
+        )
     window = fields.integer("sliding_window", 0, 1 << 30, 0) if theirs.get("use_sliding_window", True) else 0
     config: Dict[str, Any] = {
         "model_type": "memory_llama",
@@ -82,7 +89,7 @@ def read(source: Source, tokenizer: Optional[Path]) -> Model:
         "ffn_dim": fields.integer("intermediate_size", 1, 1 << 24),
         "norm_eps": fields.number("rms_norm_eps", 0.0, 1.0, 1e-6),
         "rope_theta": fields.number("rope_theta", 1.0, 1e12, fields.object("rope_parameters").number("rope_theta", 1.0, 1e12, 10000.0)),
-        "rope_scaling": theirs.get("rope_scaling"),
+        "rope_scaling": _rope_scaling(theirs),
         "max_seqlen": fields.integer("max_position_embeddings", 1, 1 << 30, 2048),
         "vocab_size": fields.integer("vocab_size", 1, 1 << 24),
         "weight_tying": huggingface.tied(theirs),
@@ -116,6 +123,14 @@ def read(source: Source, tokenizer: Optional[Path]) -> Model:
     return model
 
 
+def _rope_scaling(theirs: Dict[str, Any]) -> Any:
+    """Newer configurations keep it in rope_parameters, together with theta."""
+    newer = theirs.get("rope_parameters")
+    if isinstance(newer, dict) and newer.get("rope_type", "default") != "default":
+        return {key: value for key, value in newer.items() if key != "rope_theta"}
+    return theirs.get("rope_scaling")
+
+
 def _check_peer(peer: Fields) -> None:
     """Options that change what is computed and have no counterpart."""
     if peer.boolean("separate_embed_per_head", False):
@@ -124,8 +139,10 @@ def _check_peer(peer: Fields) -> None:
     if softmax is None and "non_competing_scores" in peer.document:
         softmax = not peer.boolean("non_competing_scores", True)
     if softmax is not True:
-        raise ConvertError(f"{peer.where}: softmax_on_scores is not true; scores through ReLU are not supported "
-                           "(versions of PEER-pytorch differ in the default, so it must be given)")
+        raise ConvertError(
+            f"{peer.where}: softmax_on_scores is not true; scores through ReLU are not supported "
+            "(versions of PEER-pytorch differ in the default, so it must be given)"
+        )
     activation = peer.text("activation", "gelu").lower()
     if activation != "gelu":
         raise ConvertError(f"{peer.where}: activation is '{short(activation)}'; only gelu (exact) is supported")
@@ -135,7 +152,11 @@ def _check_peer(peer: Fields) -> None:
 
 
 def _target(name: str) -> Optional[str]:
-    outer = {"model.embed_tokens.weight": "tok_embeddings.weight", "model.norm.weight": "norm.weight", "lm_head.weight": "output.weight"}
+    outer = {
+        "model.embed_tokens.weight": "tok_embeddings.weight",
+        "model.norm.weight": "norm.weight",
+        "lm_head.weight": "output.weight",
+    }
     if name in outer:
         return outer[name]
     parts = name.split(".", 3)
@@ -189,5 +210,7 @@ def _fold_pre_norm(model: Model, prefix: str, gamma: Tensor, dim: int) -> None:
     if before is not None:
         weights = before.f64()
         if before.shape != (dim,) or not (weights == weights[0]).all() or not weights[0] > 0:
-            raise ConvertError(f"{gamma.where} is a second norm after {before.where.rsplit(': ', 1)[-1]}; the two have no common form")
+            raise ConvertError(
+                f"{gamma.where} is a second norm after {before.where.rsplit(': ', 1)[-1]}; the two have no common form"
+            )
     model.tensors[prefix + "ffn_norm.weight"] = Computed(gamma.where, "F32", (dim,), lambda: (gamma.f64() + 1).astype("<f4"))

@@ -73,8 +73,10 @@ def read(source: Source, name: str, tokenizer: Optional[Path]) -> Model:
         model.files.update(tokenizers.beside(source))
         config["tokenizer"] = tokenizers.kind(model.files)
         if config["tokenizer"] == "none":
-            model.notes.append("the family uses GPT-2's tokenizer and does not carry it: give --tokenizer=tokenizer.json, "
-                               "or the model takes token ids only")
+            model.notes.append(
+                "the family uses GPT-2's tokenizer and does not carry it: give --tokenizer=tokenizer.json, "
+                "or the model takes token ids only"
+            )
     return model
 
 
@@ -158,7 +160,7 @@ def _add_tensors(model: Model, stored: Dict[str, Tensor]) -> None:
             tensors[prefix + "feed_forward.w3.weight"] = RowRange(tensor, ffn, ffn)
         elif rest.startswith(QUERY_NORM):
             if not rest.endswith("num_batches_tracked"):
-                tensors[f"{prefix}feed_forward.query_norm.{rest[len(QUERY_NORM):]}"] = tensor
+                tensors[f"{prefix}feed_forward.query_norm.{rest[len(QUERY_NORM) :]}"] = tensor
         elif rest in RENAMED:
             tensors[prefix + RENAMED[rest]] = tensor
         else:
@@ -214,4 +216,3 @@ def neighbours(packed: np.ndarray) -> np.ndarray:
     np.bitwise_and(packed, 15, out=codes[:, :half])
     np.right_shift(packed, 4, out=codes[:, half:])
     return codes[:, 0::2] | codes[:, 1::2] << 4
-

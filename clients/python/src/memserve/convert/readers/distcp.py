@@ -81,14 +81,22 @@ def read_folder(source: Source, prefix: str) -> Dict[str, Tensor]:
     for name in chosen or names:
         record = described[name]
         if isinstance(record, Record) and record.kind == METADATA + "TensorStorageMetadata":
-            tensors[name[len(prefix) :] if chosen else name] = _tensor(source, name, record, places, f"{path}: tensor '{short(name)}'")
+            tensors[name[len(prefix) :] if chosen else name] = _tensor(
+                source, name, record, places, f"{path}: tensor '{short(name)}'"
+            )
     return tensors
 
 
 def _tensor(source: Source, name: str, record: Record, places: Dict[Tuple[str, Shape], Record], where: str) -> Tensor:
     properties = record.get("properties")
     state = properties.state if isinstance(properties, Record) else None
-    kind = state[0] if isinstance(state, (tuple, list)) and state else properties.get("dtype") if isinstance(properties, Record) else None
+    kind = (
+        state[0]
+        if isinstance(state, (tuple, list)) and state
+        else properties.get("dtype")
+        if isinstance(properties, Record)
+        else None
+    )
     dtype = DTYPES.get(kind.name, kind.name) if isinstance(kind, Dtype) else ""
     if dtype not in dtypes.NUMPY:
         raise ConvertError(f"{where} has the type {short(dtype or 'unknown')}; known are {', '.join(dtypes.NUMPY)}")
@@ -109,7 +117,11 @@ def _tensor(source: Source, name: str, record: Record, places: Dict[Tuple[str, S
         for other in chunks if len(listed) <= 4096 else ():
             if all(o < p + t and p < o + s for o, s, p, t in zip(offsets, sizes, other.offsets, other.shape)):
                 raise ConvertError(f"{where} has chunks that overlap at {list(offsets)}")
-        chunks.append(Chunk(offsets, sizes, _LazyChunk(source, f"{where} chunk at {list(offsets)}", dtype, sizes, places.get((name, offsets)))))
+        chunks.append(
+            Chunk(
+                offsets, sizes, _LazyChunk(source, f"{where} chunk at {list(offsets)}", dtype, sizes, places.get((name, offsets)))
+            )
+        )
         elements = 1
         for size in sizes:
             elements *= size
@@ -144,7 +156,9 @@ class _LazyChunk(Tensor):
                 raise ConvertError(f"{archive.where}: {self.where.rsplit(': ', 1)[-1]} is not a tensor")
             tensor = archive.tensor(view, self.where.rsplit(": ", 1)[-1])
             if tensor.shape != self.shape or tensor.dtype != self.dtype:
-                raise ConvertError(f"{tensor.where} is {tensor.dtype} {list(tensor.shape)}; .metadata says {self.dtype} {list(self.shape)}")
+                raise ConvertError(
+                    f"{tensor.where} is {tensor.dtype} {list(tensor.shape)}; .metadata says {self.dtype} {list(self.shape)}"
+                )
             self._tensor = tensor
         return self._tensor.rows(begin, end)
 

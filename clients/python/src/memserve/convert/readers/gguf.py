@@ -106,7 +106,9 @@ def read(file: SourceFile) -> Tuple[Dict[str, Any], Dict[str, Tensor]]:
         raise ConvertError(f"{path} has the GGUF version {version}; 2 and 3 (little-endian) are read")
     num_tensors, num_keys = cursor.number("<Q", "the header"), cursor.number("<Q", "the header")
     if num_tensors > MAX_TENSORS or num_keys > MAX_KEYS:
-        raise ConvertError(f"{path} claims {num_tensors} tensors and {num_keys} keys; at most {MAX_TENSORS} and {MAX_KEYS} make sense")
+        raise ConvertError(
+            f"{path} claims {num_tensors} tensors and {num_keys} keys; at most {MAX_TENSORS} and {MAX_KEYS} make sense"
+        )
     fields: Dict[str, Any] = {}
     for _ in range(num_keys):
         key = cursor.string("a key")
@@ -177,5 +179,3 @@ def _tensors(file: SourceFile, described: List[Tuple[str, Shape, BlockType, int]
         if begin < end:
             raise ConvertError(f"{file.path}: the tensors '{short(name)}' and '{short(following)}' overlap at byte {begin}")
     return tensors
-
-

@@ -160,7 +160,8 @@ class Archive:
         last = view.offset + sum((size - 1) * stride for size, stride in zip(shape, view.stride))
         if 0 not in shape and (last + 1) * itemsize > entry.size:
             raise ConvertError(
-                f"{where} needs element {last} of storage '{short(storage.key)}', which has {entry.size // itemsize}")
+                f"{where} needs element {last} of storage '{short(storage.key)}', which has {entry.size // itemsize}"
+            )
         place = entry.offset + view.offset * itemsize
         contiguous, expected = True, 1
         for size, stride in zip(reversed(shape), reversed(view.stride)):
