@@ -34,7 +34,8 @@ absl::StatusOr<std::string> SourceIn(const nlohmann::json& config, const std::st
   if (it->is_array()) {
     for (const bool any : {false, true}) {
       for (const nlohmann::json& entry : *it) {
-        if (!entry.is_object() || !entry.contains("name") || !entry.contains("template") || !entry["template"].is_string()) continue;
+        if (!entry.is_object() || !entry.contains("name") || !entry.contains("template") || !entry["template"].is_string())
+          continue;
         if (entry["name"] == "default" || (any && it->size() == 1)) return entry["template"].get<std::string>();
       }
     }
@@ -63,8 +64,10 @@ absl::StatusOr<std::unique_ptr<ChatTemplate>> ChatTemplate::Load(const std::stri
   jinja::Dict variables;
   for (const char* name : {"bos_token", "eos_token", "unk_token", "pad_token"}) {
     std::string token = config.contains(name) ? TokenText(config[name]) : "";
-    if (token.empty() && name == std::string_view("bos_token") && tokenizer.bos_id()) token = tokenizer.SpecialName(*tokenizer.bos_id());
-    if (token.empty() && name == std::string_view("eos_token") && tokenizer.eos_id()) token = tokenizer.SpecialName(*tokenizer.eos_id());
+    if (token.empty() && name == std::string_view("bos_token") && tokenizer.bos_id())
+      token = tokenizer.SpecialName(*tokenizer.bos_id());
+    if (token.empty() && name == std::string_view("eos_token") && tokenizer.eos_id())
+      token = tokenizer.SpecialName(*tokenizer.eos_id());
     if (!token.empty()) variables.emplace_back(name, jinja::Value::Written(std::move(token)));
   }
   return Parse(*source, where, std::move(variables));
@@ -85,9 +88,9 @@ absl::StatusOr<std::unique_ptr<ChatTemplate>> ChatTemplate::Parse(const std::str
 absl::StatusOr<RenderedChat> ChatTemplate::Render(const Chat& chat) const {
   jinja::List messages;
   for (const ChatMessage& message : chat.messages) {
-    messages.push_back(jinja::Value::Of(
-        jinja::Dict{{"role", jinja::Value::Of(jinja::Text(message.role, !IsKnownRole(message.role)))},
-                    {"content", jinja::Value::Of(jinja::Text(message.content, true))}}));
+    messages.push_back(
+        jinja::Value::Of(jinja::Dict{{"role", jinja::Value::Of(jinja::Text(message.role, !IsKnownRole(message.role)))},
+                                     {"content", jinja::Value::Of(jinja::Text(message.content, true))}}));
   }
   jinja::Dict variables = variables_;
   variables.emplace_back("messages", jinja::Value::Of(std::move(messages)));

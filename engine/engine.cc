@@ -515,8 +515,12 @@ absl::StatusOr<std::shared_ptr<Sequence>> EngineImpl::BuildSequence(const Genera
   s.max_draws = std::max<int64_t>(1, std::min(wanted, room));
   if (!request.stop.ignore_eos) {
     s.stop_ids = info_.eos_token_ids;
-    // A turn's end, where generation_config.json names other tokens alone.
-    if (std::holds_alternative<Chat>(request.prompt) && tokenizer_->eos_id()) s.stop_ids.push_back(*tokenizer_->eos_id());
+    // What ends a turn, where generation_config.json names other tokens alone.
+    if (std::holds_alternative<Chat>(request.prompt)) {
+      for (const std::optional<int32_t> id : {tokenizer_->eos_id(), tokenizer_->end_of_turn_id()}) {
+        if (id) s.stop_ids.push_back(*id);
+      }
+    }
   }
   s.stop_ids.insert(s.stop_ids.end(), request.stop.token_ids.begin(), request.stop.token_ids.end());
   s.temperature = request.sampling.temperature.value_or(generation_.temperature.value_or(0.0f));

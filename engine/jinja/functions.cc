@@ -77,7 +77,8 @@ Text Title(const Text& text) {
 }
 Text Capitalize(const Text& text) {
   bool first = true;
-  return MapCharacters(text, [&](int32_t c, bool) { return std::exchange(first, false) ? utf8proc_toupper(c) : utf8proc_tolower(c); });
+  return MapCharacters(text,
+                       [&](int32_t c, bool) { return std::exchange(first, false) ? utf8proc_toupper(c) : utf8proc_tolower(c); });
 }
 
 // chars null: white space.
@@ -248,7 +249,8 @@ List ListOf(const Value& value, Meter& meter) {
   } else if (value.is(Kind::kText)) {
     const std::vector<size_t> starts = CharacterStarts(value.text().bytes());
     if (!meter.Steps(static_cast<int64_t>(starts.size()))) return items;
-    for (size_t i = 0; i + 1 < starts.size(); ++i) items.push_back(Value::Of(value.text().Part(starts[i], starts[i + 1] - starts[i])));
+    for (size_t i = 0; i + 1 < starts.size(); ++i)
+      items.push_back(Value::Of(value.text().Part(starts[i], starts[i + 1] - starts[i])));
   } else if (!value.is(Kind::kUndefined)) {
     meter.Fail(absl::StrCat("a ", value.type_name(), " has no items"));
   }
@@ -304,7 +306,8 @@ Value Map(const Value& input, const Arguments& arguments, Meter& meter) {
 
 Value ToInt(const Value& input, int64_t fallback) {
   if (input.is(Kind::kFloat)) {
-    return Value::Int(std::isfinite(input.number()) && std::abs(input.number()) < 9e18 ? static_cast<int64_t>(input.number()) : fallback);
+    return Value::Int(std::isfinite(input.number()) && std::abs(input.number()) < 9e18 ? static_cast<int64_t>(input.number())
+                                                                                       : fallback);
   }
   if (input.is_number()) return Value::Int(input.integer());
   if (!input.is(Kind::kText)) return Value::Int(fallback);
@@ -337,7 +340,12 @@ const absl::flat_hash_map<std::string, Filter>& Filters() {
   using V = const Value&;
   using A = const Arguments&;
   static const auto* const filters = new absl::flat_hash_map<std::string, Filter>{
-      {"abs", [](V v, A, Meter& m) { return v.is(Kind::kFloat) ? Value::Float(std::abs(v.number())) : v.is_number() && v.integer() < 0 ? Value::Int(static_cast<int64_t>(0 - static_cast<uint64_t>(v.integer()))) : v; }},
+      {"abs",
+       [](V v, A, Meter& m) {
+         return v.is(Kind::kFloat)                 ? Value::Float(std::abs(v.number()))
+                : v.is_number() && v.integer() < 0 ? Value::Int(static_cast<int64_t>(0 - static_cast<uint64_t>(v.integer())))
+                                                   : v;
+       }},
       {"capitalize", [](V v, A, Meter& m) { return Value::Of(Capitalize(TextOf(v, m))); }},
       {"default",
        [](V v, A a, Meter& m) {
@@ -346,8 +354,16 @@ const absl::flat_hash_map<std::string, Filter>& Filters() {
          const bool replaced = v.is(Kind::kUndefined) || (falsy != nullptr && falsy->truthy() && !v.truthy());
          return !replaced ? v : fallback != nullptr ? *fallback : Written("");
        }},
-      {"first", [](V v, A, Meter& m) { const List items = ListOf(v, m); return items.empty() ? Value() : items.front(); }},
-      {"float", [](V v, A a, Meter& m) { const Value* f = a.Get(0, "default"); return ToFloat(v, f != nullptr && f->is_number() ? f->number() : 0.0); }},
+      {"first",
+       [](V v, A, Meter& m) {
+         const List items = ListOf(v, m);
+         return items.empty() ? Value() : items.front();
+       }},
+      {"float",
+       [](V v, A a, Meter& m) {
+         const Value* f = a.Get(0, "default");
+         return ToFloat(v, f != nullptr && f->is_number() ? f->number() : 0.0);
+       }},
       {"indent",
        [](V v, A a, Meter& m) {
          const Value* width = a.Get(0, "width");
@@ -355,14 +371,18 @@ const absl::flat_hash_map<std::string, Filter>& Filters() {
          const Value* blank = a.Get(2, "blank");
          Text by(std::string(4, ' '), false);
          if (width != nullptr && width->is(Kind::kText)) by = width->text();
-         if (width != nullptr && width->is(Kind::kInt)) by = Text(std::string(static_cast<size_t>(std::clamp<int64_t>(width->integer(), 0, 256)), ' '), false);
+         if (width != nullptr && width->is(Kind::kInt))
+           by = Text(std::string(static_cast<size_t>(std::clamp<int64_t>(width->integer(), 0, 256)), ' '), false);
          const Text text = TextOf(v, m);
          const auto lines = std::count(text.bytes().begin(), text.bytes().end(), '\n') + 1;
          if (!m.Bytes(lines * static_cast<int64_t>(by.size() + 1))) return Value();
          return Value::Of(Indent(text, by, first != nullptr && first->truthy(), blank != nullptr && blank->truthy()));
        }},
       {"int", [](V v, A a, Meter& m) { return ToInt(v, a.Int(0, "default", 0, m)); }},
-      {"items", [](V v, A, Meter& m) { return v.is(Kind::kDict) && m.Steps(static_cast<int64_t>(v.dict().size())) ? m.Checked(ItemsOf(v)) : Value::Of(List{}); }},
+      {"items",
+       [](V v, A, Meter& m) {
+         return v.is(Kind::kDict) && m.Steps(static_cast<int64_t>(v.dict().size())) ? m.Checked(ItemsOf(v)) : Value::Of(List{});
+       }},
       {"join",
        [](V v, A a, Meter& m) {
          const Value* separator = a.Get(0, "d");
@@ -373,7 +393,11 @@ const absl::flat_hash_map<std::string, Filter>& Filters() {
          }
          return Value::Of(Join(items, separator == nullptr ? Text() : TextOf(*separator, m), m));
        }},
-      {"last", [](V v, A, Meter& m) { const List items = ListOf(v, m); return items.empty() ? Value() : items.back(); }},
+      {"last",
+       [](V v, A, Meter& m) {
+         const List items = ListOf(v, m);
+         return items.empty() ? Value() : items.back();
+       }},
       {"length",
        [](V v, A, Meter& m) {
          if (v.is(Kind::kText)) return Value::Int(CharacterCount(v.text().bytes()));
@@ -400,7 +424,11 @@ const absl::flat_hash_map<std::string, Filter>& Filters() {
          std::reverse(items.begin(), items.end());
          return v.is(Kind::kText) ? Value::Of(Join(items, Text(), m)) : m.Checked(Value::Of(std::move(items)));
        }},
-      {"round", [](V v, A a, Meter& m) { const double by = std::pow(10.0, static_cast<double>(a.Int(0, "precision", 0, m))); return Value::Float(std::nearbyint(v.is_number() ? v.number() * by : 0) / by); }},
+      {"round",
+       [](V v, A a, Meter& m) {
+         const double by = std::pow(10.0, static_cast<double>(a.Int(0, "precision", 0, m)));
+         return Value::Float(std::nearbyint(v.is_number() ? v.number() * by : 0) / by);
+       }},
       {"safe", [](V v, A, Meter& m) { return Value::Of(TextOf(v, m)); }},
       {"select", [](V v, A a, Meter& m) { return Choose(v, a, false, true, m); }},
       {"selectattr", [](V v, A a, Meter& m) { return Choose(v, a, true, true, m); }},
@@ -423,12 +451,17 @@ using Test = bool (*)(const Value&, const Value*, Meter&);
 const absl::flat_hash_map<std::string, Test>& Tests() {
   using V = const Value&;
   using O = const Value*;
-  static const auto equals = [](V v, O o, Meter& m) { return o != nullptr && m.Steps(std::min(v.weight(), o->weight()) / 64) && Equal(v, *o); };
+  static const auto equals = [](V v, O o, Meter& m) {
+    return o != nullptr && m.Steps(std::min(v.weight(), o->weight()) / 64) && Equal(v, *o);
+  };
   static const auto* const tests = new absl::flat_hash_map<std::string, Test>{
       {"boolean", [](V v, O, Meter&) { return v.is(Kind::kBool); }},
       {"callable", [](V v, O, Meter&) { return v.is(Kind::kMacro) || v.is(Kind::kFunction); }},
       {"defined", [](V v, O, Meter&) { return !v.is(Kind::kUndefined); }},
-      {"divisibleby", [](V v, O o, Meter&) { return o != nullptr && v.is(Kind::kInt) && o->is(Kind::kInt) && o->integer() > 0 && v.integer() % o->integer() == 0; }},
+      {"divisibleby",
+       [](V v, O o, Meter&) {
+         return o != nullptr && v.is(Kind::kInt) && o->is(Kind::kInt) && o->integer() > 0 && v.integer() % o->integer() == 0;
+       }},
       {"equalto", [](V v, O o, Meter& m) { return equals(v, o, m); }},
       {"even", [](V v, O, Meter&) { return v.is(Kind::kInt) && v.integer() % 2 == 0; }},
       {"false", [](V v, O, Meter&) { return v.is(Kind::kBool) && !v.truthy(); }},
@@ -437,7 +470,8 @@ const absl::flat_hash_map<std::string, Test>& Tests() {
       {"gt", [](V v, O o, Meter& m) { return o != nullptr && Compare(v, *o, m) > 0; }},
       {"in", [](V v, O o, Meter& m) { return o != nullptr && Contains(*o, v, m); }},
       {"integer", [](V v, O, Meter&) { return v.is(Kind::kInt); }},
-      {"iterable", [](V v, O, Meter&) { return v.is(Kind::kText) || v.is(Kind::kList) || v.is(Kind::kDict) || v.is(Kind::kUndefined); }},
+      {"iterable",
+       [](V v, O, Meter&) { return v.is(Kind::kText) || v.is(Kind::kList) || v.is(Kind::kDict) || v.is(Kind::kUndefined); }},
       {"le", [](V v, O o, Meter& m) { return o != nullptr && Compare(v, *o, m) <= 0; }},
       {"lt", [](V v, O o, Meter& m) { return o != nullptr && Compare(v, *o, m) < 0; }},
       {"mapping", [](V v, O, Meter&) { return v.is(Kind::kDict); }},
@@ -445,7 +479,8 @@ const absl::flat_hash_map<std::string, Test>& Tests() {
       {"none", [](V v, O, Meter&) { return v.is(Kind::kNone); }},
       {"number", [](V v, O, Meter&) { return v.is_number(); }},
       {"odd", [](V v, O, Meter&) { return v.is(Kind::kInt) && v.integer() % 2 != 0; }},
-      {"sequence", [](V v, O, Meter&) { return v.is(Kind::kText) || v.is(Kind::kList) || v.is(Kind::kDict) || v.is(Kind::kUndefined); }},
+      {"sequence",
+       [](V v, O, Meter&) { return v.is(Kind::kText) || v.is(Kind::kList) || v.is(Kind::kDict) || v.is(Kind::kUndefined); }},
       {"string", [](V v, O, Meter&) { return v.is(Kind::kText); }},
       {"true", [](V v, O, Meter&) { return v.is(Kind::kBool) && v.truthy(); }},
       {"undefined", [](V v, O, Meter&) { return v.is(Kind::kUndefined); }},
@@ -515,7 +550,8 @@ Value CallTextMethod(const Value& object, const std::string& name, const Argumen
   if (name == "endswith") return Value::Bool(StartsOrEnds(text, a.Get(0, "suffix"), false, meter));
   if (name == "removeprefix" || name == "removesuffix") {
     const std::string& part = NeedText(a, 0, "part", meter).bytes();
-    if (name == "removeprefix") return text.bytes().starts_with(part) ? Value::Of(text.Part(part.size(), text.size() - part.size())) : object;
+    if (name == "removeprefix")
+      return text.bytes().starts_with(part) ? Value::Of(text.Part(part.size(), text.size() - part.size())) : object;
     return text.bytes().ends_with(part) ? Value::Of(text.Part(0, text.size() - part.size())) : object;
   }
   if (name == "upper") return Value::Of(Upper(text));
@@ -536,9 +572,12 @@ Value CallTextMethod(const Value& object, const std::string& name, const Argumen
     return items == nullptr ? Value() : Value::Of(Join(ListOf(*items, meter), text, meter));
   }
   if (name == "isspace") return Value::Bool(AllCharacters(text, IsSpace));
-  if (name == "isdigit") return Value::Bool(AllCharacters(text, [](int32_t c) { return utf8proc_category(c) == UTF8PROC_CATEGORY_ND; }));
+  if (name == "isdigit")
+    return Value::Bool(AllCharacters(text, [](int32_t c) { return utf8proc_category(c) == UTF8PROC_CATEGORY_ND; }));
   if (name == "isalpha") {
-    return Value::Bool(AllCharacters(text, [](int32_t c) { return utf8proc_category(c) >= UTF8PROC_CATEGORY_LU && utf8proc_category(c) <= UTF8PROC_CATEGORY_LO; }));
+    return Value::Bool(AllCharacters(text, [](int32_t c) {
+      return utf8proc_category(c) >= UTF8PROC_CATEGORY_LU && utf8proc_category(c) <= UTF8PROC_CATEGORY_LO;
+    }));
   }
   if (name == "isupper") return Value::Bool(Upper(text).bytes() == text.bytes() && Lower(text).bytes() != text.bytes());
   if (name == "islower") return Value::Bool(Lower(text).bytes() == text.bytes() && Upper(text).bytes() != text.bytes());
@@ -656,7 +695,8 @@ Value CallMethod(const Value& object, const std::string& name, const Arguments& 
 Value CallFunction(const std::string& name, const Arguments& arguments, Meter& meter) {
   if (name == "raise_exception") {
     const Value* message = arguments.Get(0, "message");
-    meter.Fail(absl::StrCat("the template refuses it: ", message == nullptr ? "" : TextOf(*message, meter).bytes().substr(0, 1000)));
+    meter.Fail(
+        absl::StrCat("the template refuses it: ", message == nullptr ? "" : TextOf(*message, meter).bytes().substr(0, 1000)));
     return Value();
   }
   if (name == "range") {
@@ -666,9 +706,11 @@ Value CallFunction(const std::string& name, const Arguments& arguments, Meter& m
       end = arguments.Int(1, "stop", 0, meter);
     }
     const int64_t step = arguments.Int(2, "step", 1, meter);
-    const double count = step == 0 ? 0 : std::ceil((static_cast<double>(end) - static_cast<double>(begin)) / static_cast<double>(step));
+    const double count =
+        step == 0 ? 0 : std::ceil((static_cast<double>(end) - static_cast<double>(begin)) / static_cast<double>(step));
     if (step == 0) meter.Fail("range: the step is 0");
-    if (count > static_cast<double>(kMaxRange)) meter.Fail(absl::StrCat("range: has ", count, " numbers; at most ", kMaxRange, " are accepted"));
+    if (count > static_cast<double>(kMaxRange))
+      meter.Fail(absl::StrCat("range: has ", count, " numbers; at most ", kMaxRange, " are accepted"));
     List numbers;
     if (!meter.ok() || !meter.Steps(static_cast<int64_t>(std::max(0.0, count)))) return Value();
     for (int64_t i = 0; i < static_cast<int64_t>(count); ++i) numbers.push_back(Value::Int(begin + i * step));
@@ -712,7 +754,8 @@ bool Contains(const Value& container, const Value& item, Meter& meter) {
       meter.Fail(absl::StrCat("a ", item.type_name(), " cannot be looked for in a str"));
       return false;
     }
-    return meter.Bytes(static_cast<int64_t>(container.text().size())) && container.text().bytes().find(item.text().bytes()) != std::string::npos;
+    return meter.Bytes(static_cast<int64_t>(container.text().size())) &&
+           container.text().bytes().find(item.text().bytes()) != std::string::npos;
   }
   if (container.is(Kind::kList)) {
     for (const Value& part : container.list()) {
@@ -722,7 +765,8 @@ bool Contains(const Value& container, const Value& item, Meter& meter) {
     return false;
   }
   if (container.is(Kind::kDict) || container.is(Kind::kNamespace)) {
-    return meter.Steps(static_cast<int64_t>(container.dict().size())) && item.is(Kind::kText) && container.Find(item.text().bytes()) != nullptr;
+    return meter.Steps(static_cast<int64_t>(container.dict().size())) && item.is(Kind::kText) &&
+           container.Find(item.text().bytes()) != nullptr;
   }
   if (!container.is(Kind::kUndefined)) meter.Fail(absl::StrCat("a ", container.type_name(), " holds nothing to look for"));
   return false;
@@ -734,7 +778,8 @@ int Compare(const Value& left, const Value& right, Meter& meter) {
     return order < 0 ? -1 : order > 0;
   }
   if (left.is_number() && right.is_number()) {
-    if (!left.is(Kind::kFloat) && !right.is(Kind::kFloat)) return left.integer() < right.integer() ? -1 : left.integer() > right.integer();
+    if (!left.is(Kind::kFloat) && !right.is(Kind::kFloat))
+      return left.integer() < right.integer() ? -1 : left.integer() > right.integer();
     return left.number() < right.number() ? -1 : left.number() > right.number();
   }
   meter.Fail(absl::StrCat("a ", left.type_name(), " and a ", right.type_name(), " have no order"));
@@ -766,7 +811,8 @@ Value Slice(const Value& object, const int64_t* begin, const int64_t* end, const
     if (!meter.Bytes(static_cast<int64_t>(object.text().size()))) return Value();
     starts = CharacterStarts(object.text().bytes());
   }
-  const int64_t size = object.is(Kind::kList) ? static_cast<int64_t>(object.list().size()) : static_cast<int64_t>(starts.size()) - 1;
+  const int64_t size =
+      object.is(Kind::kList) ? static_cast<int64_t>(object.list().size()) : static_cast<int64_t>(starts.size()) - 1;
   const int64_t by = step == nullptr ? 1 : *step;
   if (by == 0) {
     meter.Fail("a slice's step is 0");
@@ -784,14 +830,18 @@ Value Slice(const Value& object, const int64_t* begin, const int64_t* end, const
   // A part of a text in one piece.
   if (object.is(Kind::kText) && by == 1) {
     if (from >= to) return Value::Of(Text());
-    return Value::Of(object.text().Part(starts[static_cast<size_t>(from)], starts[static_cast<size_t>(to)] - starts[static_cast<size_t>(from)]));
+    return Value::Of(
+        object.text().Part(starts[static_cast<size_t>(from)], starts[static_cast<size_t>(to)] - starts[static_cast<size_t>(from)]));
   }
   List items;
   Text text;
   for (int64_t i = from; by > 0 ? i < to : i > to;) {
     if (!meter.Steps(1)) return Value();
-    if (object.is(Kind::kList)) items.push_back(object.list()[static_cast<size_t>(i)]);
-    else text.Append(object.text().Part(starts[static_cast<size_t>(i)], starts[static_cast<size_t>(i) + 1] - starts[static_cast<size_t>(i)]));
+    if (object.is(Kind::kList))
+      items.push_back(object.list()[static_cast<size_t>(i)]);
+    else
+      text.Append(
+          object.text().Part(starts[static_cast<size_t>(i)], starts[static_cast<size_t>(i) + 1] - starts[static_cast<size_t>(i)]));
     if (__builtin_add_overflow(i, by, &i)) break;
   }
   return object.is(Kind::kList) ? Value::Of(std::move(items)) : Value::Of(std::move(text));

@@ -215,8 +215,10 @@ class Interpreter {
         Dict dict;
         for (size_t i = 0; i + 1 < e.children.size() && meter_.ok(); i += 2) {
           const Value key = Evaluate(*e.children[i]);
-          if (!key.is(Kind::kText)) meter_.Fail(absl::StrCat("a dict's key is a ", key.type_name(), "; it must be a str"));
-          else dict.emplace_back(key.text().bytes(), Evaluate(*e.children[i + 1]));
+          if (!key.is(Kind::kText))
+            meter_.Fail(absl::StrCat("a dict's key is a ", key.type_name(), "; it must be a str"));
+          else
+            dict.emplace_back(key.text().bytes(), Evaluate(*e.children[i + 1]));
         }
         return meter_.Checked(Value::Of(std::move(dict)));
       }
@@ -350,7 +352,8 @@ class Interpreter {
       scope[name] = given != nullptr ? *given : fallback != nullptr ? Evaluate(*fallback) : Value();
     }
     if (arguments.values.size() > macro.parameters.size()) {
-      meter_.Fail(absl::StrCat("the macro '", macro.names[0], "' takes ", macro.parameters.size(), " arguments, not ", arguments.values.size()));
+      meter_.Fail(absl::StrCat("the macro '", macro.names[0], "' takes ", macro.parameters.size(), " arguments, not ",
+                               arguments.values.size()));
     }
     if (!meter_.ok()) return Value();
     scopes_.push_back(std::move(scope));
@@ -390,11 +393,16 @@ class Interpreter {
     const int64_t a = left.integer(), b = right.integer();
     int64_t result = 0;
     bool overflow = false;
-    if (op == "-") overflow = __builtin_sub_overflow(a, b, &result);
-    else if (op == "*") overflow = __builtin_mul_overflow(a, b, &result);
-    else if (b == -1) overflow = op == "//" && __builtin_sub_overflow(int64_t{0}, a, &result);
-    else if (op == "//") result = a / b - (a % b != 0 && (a < 0) != (b < 0));
-    else result = a % b + (a % b != 0 && (a < 0) != (b < 0) ? b : 0);
+    if (op == "-")
+      overflow = __builtin_sub_overflow(a, b, &result);
+    else if (op == "*")
+      overflow = __builtin_mul_overflow(a, b, &result);
+    else if (b == -1)
+      overflow = op == "//" && __builtin_sub_overflow(int64_t{0}, a, &result);
+    else if (op == "//")
+      result = a / b - (a % b != 0 && (a < 0) != (b < 0));
+    else
+      result = a % b + (a % b != 0 && (a < 0) != (b < 0) ? b : 0);
     if (overflow) meter_.Fail("a number is too large");
     return Value::Int(result);
   }

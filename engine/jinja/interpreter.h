@@ -1,5 +1,5 @@
-// Runs a template. Templates come with checkpoints and may be hostile, so everything is bounded: steps, bytes of text ever made, bytes
-// of output, depth. The first error ends the run.
+// Runs a template. Templates come with checkpoints and may be hostile, so everything is bounded: steps, bytes of text ever made,
+// bytes of output, depth. The first error ends the run.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,8 @@
 namespace memserve::engine::jinja {
 
 struct Limits {
-  int64_t steps = 2'000'000;          // nodes walked, items and characters looked at in bulk count too
-  int64_t text_bytes = 64 << 20;      // of all texts made on the way
+  int64_t steps = 2'000'000;      // nodes walked, items and characters looked at in bulk count too
+  int64_t text_bytes = 64 << 20;  // of all texts made on the way
   int64_t output_bytes = 16 << 20;
 };
 

@@ -24,7 +24,9 @@ bool IsSpace(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 bool IsDigit(char c) { return c >= '0' && c <= '9'; }
 bool IsNameStart(char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_'; }
 
-absl::Status ErrorAt(int line, absl::string_view what) { return absl::InvalidArgumentError(absl::StrCat("line ", line, ": ", what)); }
+absl::Status ErrorAt(int line, absl::string_view what) {
+  return absl::InvalidArgumentError(absl::StrCat("line ", line, ": ", what));
+}
 
 void AppendCharacter(std::string& out, uint32_t c) {
   if (c < 0x80) {
@@ -62,7 +64,8 @@ class Lexer {
   void Add(Token::Kind kind, std::string text) { tokens_.push_back({kind, line_, std::move(text)}); }
   bool At(std::string_view what) const { return std::string_view(source_).substr(at_).starts_with(what); }
   void Advance(size_t to) {
-    line_ += static_cast<int>(std::count(source_.begin() + static_cast<int64_t>(at_), source_.begin() + static_cast<int64_t>(to), '\n'));
+    line_ +=
+        static_cast<int>(std::count(source_.begin() + static_cast<int64_t>(at_), source_.begin() + static_cast<int64_t>(to), '\n'));
     at_ = to;
   }
 
@@ -180,8 +183,8 @@ class Lexer {
   }
 
   void ReadOperator(std::string& brackets) {
-    for (const char* op : {"//", "**", "==", "!=", "<=", ">=", "+", "-", "*", "/", "%", "~", "<", ">", "=", "(", ")", "[", "]", "{", "}", ",",
-                           ".", ":", "|", ";"}) {
+    for (const char* op : {"//", "**", "==", "!=", "<=", ">=", "+", "-", "*", "/", "%", "~", "<",
+                           ">",  "=",  "(",  ")",  "[",  "]",  "{", "}", ",", ".", ":", "|", ";"}) {
       if (!At(op)) continue;
       const char c = op[0];
       if (c == '(' || c == '[' || c == '{') brackets += c;
@@ -211,7 +214,8 @@ class Lexer {
     Add(is_float ? Token::Kind::kFloat : Token::Kind::kInt, digits);
     Token& token = tokens_.back();
     const char* last = digits.data() + digits.size();
-    const auto error = is_float ? std::from_chars(digits.data(), last, token.number).ec : std::from_chars(digits.data(), last, token.integer).ec;
+    const auto error =
+        is_float ? std::from_chars(digits.data(), last, token.number).ec : std::from_chars(digits.data(), last, token.integer).ec;
     if (error != std::errc()) return Fail(absl::StrCat("the number ", digits.substr(0, 40), " is too large"));
     at_ = end;
   }
@@ -295,7 +299,8 @@ class Parser {
     return true;
   }
   void Expect(bool taken, absl::string_view what) {
-    if (!taken) Fail(absl::StrCat(what, " is expected", Now().text.empty() ? "" : absl::StrCat(", not '", Now().text.substr(0, 40), "'")));
+    if (!taken)
+      Fail(absl::StrCat(what, " is expected", Now().text.empty() ? "" : absl::StrCat(", not '", Now().text.substr(0, 40), "'")));
   }
   std::string ExpectName() {
     if (Now().kind != Token::Kind::kName) {
@@ -338,8 +343,10 @@ class Parser {
       Skip();
       statement.kind = Statement::Kind::kOutput;
       statement.expression = ParseTuple(true);
-      if (Now().kind == Token::Kind::kOutputEnd) Skip();
-      else Expect(false, "}}");
+      if (Now().kind == Token::Kind::kOutputEnd)
+        Skip();
+      else
+        Expect(false, "}}");
     } else if (Now().kind == Token::Kind::kBlockBegin) {
       Skip();
       ParseBlock(statement);
@@ -366,7 +373,8 @@ class Parser {
       s.body = ParseBody({"endgeneration"});
       return EndBlock();
     }
-    Fail(absl::StrCat("the statement '", name.substr(0, 40), "' is not known; known are if, for, set, macro, break, continue, raw, generation"));
+    Fail(absl::StrCat("the statement '", name.substr(0, 40),
+                      "' is not known; known are if, for, set, macro, break, continue, raw, generation"));
   }
 
   void EndBlock() {  // {% endX %}, whose name was seen
@@ -610,10 +618,14 @@ class Parser {
       case Token::Kind::kName: {
         Skip();
         ExpressionPtr made = Make(Expression::Kind::kLiteral, token.line);
-        if (token.text == "true" || token.text == "True") made->value = Value::Bool(true);
-        else if (token.text == "false" || token.text == "False") made->value = Value::Bool(false);
-        else if (token.text == "none" || token.text == "None") made->value = Value::None();
-        else made = Make(Expression::Kind::kName, token.line, token.text);
+        if (token.text == "true" || token.text == "True")
+          made->value = Value::Bool(true);
+        else if (token.text == "false" || token.text == "False")
+          made->value = Value::Bool(false);
+        else if (token.text == "none" || token.text == "None")
+          made->value = Value::None();
+        else
+          made = Make(Expression::Kind::kName, token.line, token.text);
         return made;
       }
       case Token::Kind::kString: {
@@ -746,12 +758,14 @@ class Parser {
         ExpressionPtr made = Make(Expression::Kind::kTest, line, ExpectName());
         made->children.push_back(std::move(value));
         const Token::Kind kind = Now().kind;
-        const bool operand = kind == Token::Kind::kString || kind == Token::Kind::kInt || kind == Token::Kind::kFloat || IsOperator("[") ||
-                             IsOperator("{") ||
+        const bool operand = kind == Token::Kind::kString || kind == Token::Kind::kInt || kind == Token::Kind::kFloat ||
+                             IsOperator("[") || IsOperator("{") ||
                              (kind == Token::Kind::kName && !IsName("else") && !IsName("or") && !IsName("and") && !IsName("if") &&
                               !IsName("is") && !IsName("in") && !IsName("not"));
-        if (IsOperator("(")) ParseArguments(*made);
-        else if (operand) made->children.push_back(ParsePostfix(ParsePrimary()));
+        if (IsOperator("("))
+          ParseArguments(*made);
+        else if (operand)
+          made->children.push_back(ParsePostfix(ParsePrimary()));
         value = Done(std::move(made));
         if (negated) {
           ExpressionPtr inverse = Make(Expression::Kind::kNot, line);
@@ -783,8 +797,10 @@ absl::StatusOr<Body> Parse(const std::string& source) {
   if (FindBrokenUtf8(source) != std::string::npos) return absl::InvalidArgumentError("is not UTF-8");
   std::string lines;
   for (size_t i = 0; i < source.size(); ++i) {
-    if (source[i] != '\r') lines += source[i];
-    else if (i + 1 >= source.size() || source[i + 1] != '\n') lines += '\n';
+    if (source[i] != '\r')
+      lines += source[i];
+    else if (i + 1 >= source.size() || source[i + 1] != '\n')
+      lines += '\n';
   }
   if (lines.ends_with('\n')) lines.pop_back();
   absl::StatusOr<std::vector<Token>> tokens = Lexer(std::move(lines)).Run();

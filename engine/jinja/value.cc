@@ -27,14 +27,22 @@ void AppendJsonString(Text& out, const Text& text) {
     const char mark = text.marks()[i];
     const auto escaped = [&]() -> std::string {
       switch (c) {
-        case '"': return "\\\"";
-        case '\\': return "\\\\";
-        case '\n': return "\\n";
-        case '\r': return "\\r";
-        case '\t': return "\\t";
-        case '\b': return "\\b";
-        case '\f': return "\\f";
-        default: break;
+        case '"':
+          return "\\\"";
+        case '\\':
+          return "\\\\";
+        case '\n':
+          return "\\n";
+        case '\r':
+          return "\\r";
+        case '\t':
+          return "\\t";
+        case '\b':
+          return "\\b";
+        case '\f':
+          return "\\f";
+        default:
+          break;
       }
       if (static_cast<unsigned char>(c) >= 0x20) return std::string(1, c);
       constexpr char kHex[] = "0123456789abcdef";
@@ -56,11 +64,16 @@ void AppendRepr(Text& out, const Value& value) {
   out.Append(std::string_view(&quote, 1), '\0');
   for (size_t i = 0; i < text.size(); ++i) {
     const char c = text.bytes()[i];
-    if (c == quote || c == '\\') out.Append(std::string("\\") + c, text.marks()[i]);
-    else if (c == '\n') out.Append("\\n", text.marks()[i]);
-    else if (c == '\r') out.Append("\\r", text.marks()[i]);
-    else if (c == '\t') out.Append("\\t", text.marks()[i]);
-    else out.Append(std::string_view(&c, 1), text.marks()[i]);
+    if (c == quote || c == '\\')
+      out.Append(std::string("\\") + c, text.marks()[i]);
+    else if (c == '\n')
+      out.Append("\\n", text.marks()[i]);
+    else if (c == '\r')
+      out.Append("\\r", text.marks()[i]);
+    else if (c == '\t')
+      out.Append("\\t", text.marks()[i]);
+    else
+      out.Append(std::string_view(&c, 1), text.marks()[i]);
   }
   out.Append(std::string_view(&quote, 1), '\0');
 }
@@ -190,7 +203,8 @@ const Value* Value::Find(std::string_view key) const {
 }
 
 const char* Value::type_name() const {
-  constexpr const char* kNames[] = {"undefined", "None", "bool", "int", "float", "str", "list", "dict", "namespace", "macro", "function"};
+  constexpr const char* kNames[] = {"undefined", "None", "bool",      "int",   "float",   "str",
+                                    "list",      "dict", "namespace", "macro", "function"};
   return kNames[static_cast<int>(kind_)];
 }
 

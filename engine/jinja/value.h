@@ -1,5 +1,5 @@
-// What a template computes with: Python's values, as far as chat templates use them. They are immutable trees of bounded depth; only a
-// namespace can be changed, and it is never part of another value.
+// What a template computes with: Python's values, as far as chat templates use them. They are immutable trees of bounded depth;
+// only a namespace can be changed, and it is never part of another value.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,7 @@ namespace memserve::engine::jinja {
 class Text {
  public:
   Text() = default;
-  Text(std::string bytes, bool from_message)
-      : bytes_(std::move(bytes)), marks_(bytes_.size(), from_message ? '\1' : '\0') {}
+  Text(std::string bytes, bool from_message) : bytes_(std::move(bytes)), marks_(bytes_.size(), from_message ? '\1' : '\0') {}
 
   const std::string& bytes() const { return bytes_; }
   const std::string& marks() const { return marks_; }  // beside bytes: 1 is from a message
@@ -93,12 +92,12 @@ class Value {
   Kind kind() const { return kind_; }
   bool is(Kind kind) const { return kind_ == kind; }
   bool is_number() const { return kind_ == Kind::kInt || kind_ == Kind::kFloat || kind_ == Kind::kBool; }
-  int64_t integer() const { return int_; }                                        // of kInt, kBool
+  int64_t integer() const { return int_; }  // of kInt, kBool
   double number() const { return kind_ == Kind::kFloat ? float_ : static_cast<double>(int_); }
-  const Text& text() const { return *text_; }                                     // of kText, kFunction (its name)
+  const Text& text() const { return *text_; }  // of kText, kFunction (its name)
   const List& list() const { return *list_; }
-  const Dict& dict() const { return *dict_; }                                     // of kDict, kNamespace
-  Dict& fields() const { return *dict_; }                                         // of kNamespace
+  const Dict& dict() const { return *dict_; }  // of kDict, kNamespace
+  Dict& fields() const { return *dict_; }      // of kNamespace
   const Statement* macro() const { return macro_; }
   int depth() const { return depth_; }  // 0 for what has no parts
   // About how many bytes it takes to write, parts that are shared counted wherever they stand.

@@ -114,12 +114,14 @@ struct Decoder {
     } else if (type == "Metaspace") {
       const bool adds = fields.Bool("add_prefix_space", true);
       const std::string scheme = fields.OptionalString("prepend_scheme", adds ? "always" : "never");
-      if (fields.String("replacement") != kMetaspace) return absl::UnimplementedError("decoder: Metaspace's replacement is not U+2581");
+      if (fields.String("replacement") != kMetaspace)
+        return absl::UnimplementedError("decoder: Metaspace's replacement is not U+2581");
       replacements.emplace_back(kMetaspace, " ");
       if (scheme != "never") start = Start::kMetaspacesDropped;
     } else if (type != "Fuse") {
-      return absl::UnimplementedError(absl::StrCat("decoder: type is '", type.substr(0, 100),
-                                                   "'; known are ByteLevel, ByteFallback, Fuse, Metaspace, Replace, Strip, Sequence"));
+      return absl::UnimplementedError(
+          absl::StrCat("decoder: type is '", type.substr(0, 100),
+                       "'; known are ByteLevel, ByteFallback, Fuse, Metaspace, Replace, Strip, Sequence"));
     }
     return fields.status();
   }
@@ -153,6 +155,7 @@ class BpeTokenizer final : public Tokenizer {
   BrokenUtf8 broken_utf8() const override { return decoder_.byte_fallback ? BrokenUtf8::kEachByte : BrokenUtf8::kEachPart; }
   std::optional<int32_t> bos_id() const override { return bos_; }
   std::optional<int32_t> eos_id() const override { return eos_; }
+  std::optional<int32_t> end_of_turn_id() const override { return end_of_turn_; }
   bool adds_bos() const override { return adds_bos_; }
 
  private:
@@ -175,9 +178,9 @@ class BpeTokenizer final : public Tokenizer {
   AddedTokens added_;             // looked for in the text as it is
   AddedTokens added_normalized_;  // and after normalisation
   BytePairMerges merges_;
-  absl::flat_hash_map<std::string, int32_t> ids_;     // by token, as the file writes it
-  absl::flat_hash_map<std::string, int32_t> pieces_;  // by what it encodes: bytes at byte level, else as ids_
-  std::array<int32_t, 256> byte_ids_;                 // at byte level: of one byte; with byte_fallback: of "<0x00>"; -1: none
+  absl::flat_hash_map<std::string, int32_t> ids_;         // by token, as the file writes it
+  absl::flat_hash_map<std::string, int32_t> pieces_;      // by what it encodes: bytes at byte level, else as ids_
+  std::array<int32_t, 256> byte_ids_;                     // at byte level: of one byte; with byte_fallback: of "<0x00>"; -1: none
   absl::flat_hash_map<std::string, int32_t> characters_;  // else: of one character
   bool byte_fallback_ = false;
   bool fuse_unknown_ = false;
@@ -188,6 +191,7 @@ class BpeTokenizer final : public Tokenizer {
   std::optional<int32_t> bos_;
   std::optional<int32_t> eos_;
   std::optional<int32_t> template_eos_;
+  std::optional<int32_t> end_of_turn_;
   bool adds_bos_ = false;
 };
 
@@ -228,9 +232,12 @@ absl::Status BpeTokenizer::LoadVocabulary(TokenizerJson& file) {
   ids_.reserve(file.vocab.size());
   int64_t most = 0;
   for (auto& [token, id] : file.vocab) {
-    if (id >= kMaxIds) return Wrong(absl::StrCat("model.vocab gives '", token.substr(0, 100), "' the id ", id, "; at most ", kMaxIds - 1, " is accepted"));
+    if (id >= kMaxIds)
+      return Wrong(
+          absl::StrCat("model.vocab gives '", token.substr(0, 100), "' the id ", id, "; at most ", kMaxIds - 1, " is accepted"));
     most = std::max(most, id);
-    if (!ids_.emplace(token, static_cast<int32_t>(id)).second) return Wrong(absl::StrCat("model.vocab has '", token.substr(0, 100), "' twice"));
+    if (!ids_.emplace(token, static_cast<int32_t>(id)).second)
+      return Wrong(absl::StrCat("model.vocab has '", token.substr(0, 100), "' twice"));
   }
   // Ids without a token are holes of the vocabulary; far more holes than tokens is a file that only claims to be large.
   if (most > 16 * static_cast<int64_t>(file.vocab.size()) + 65536) {
@@ -269,7 +276,12 @@ absl::Status BpeTokenizer::LoadVocabulary(TokenizerJson& file) {
     const std::optional<int32_t> left_id = Find(left), right_id = Find(right), joined_id = Find(joined);
     if (!left_id || !right_id || !joined_id) {
       return Wrong(absl::StrCat("model.merges joins '", left.substr(0, 100), "' and '", right.substr(0, 100), "' at rank ", rank,
-                                "; model.vocab lacks '", (!left_id ? left : !right_id ? right : joined).substr(0, 200), "'"));
+                                "; model.vocab lacks '",
+                                (!left_id    ? left
+                                 : !right_id ? right
+                                             : joined)
+                                    .substr(0, 200),
+                                "'"));
     }
     merges_.Add(*left_id, *right_id, static_cast<int32_t>(rank), *joined_id);
   }
@@ -278,7 +290,8 @@ absl::Status BpeTokenizer::LoadVocabulary(TokenizerJson& file) {
 
 absl::Status BpeTokenizer::LoadAddedTokens(const json& list) {
   if (!list.is_array()) return Wrong("added_tokens is not an array");
-  if (list.size() > kMaxAddedTokens) return Wrong(absl::StrCat("added_tokens has ", list.size(), " entries; at most ", kMaxAddedTokens, " are accepted"));
+  if (list.size() > kMaxAddedTokens)
+    return Wrong(absl::StrCat("added_tokens has ", list.size(), " entries; at most ", kMaxAddedTokens, " are accepted"));
   for (const json& entry : list) {
     JsonFields fields(entry, "added_tokens");
     AddedToken token = {.id = static_cast<int32_t>(fields.Int("id", 0, kMaxIds - 1)), .content = fields.String("content")};
@@ -290,14 +303,16 @@ absl::Status BpeTokenizer::LoadAddedTokens(const json& list) {
     if (!fields.status().ok()) return fields.status();
     if (token.content.empty()) continue;
     if (token.content.size() > kMaxAddedBytes) {
-      return Wrong(absl::StrCat("added_tokens: token ", token.id, " has ", token.content.size(), " bytes; at most ", kMaxAddedBytes, " are accepted"));
+      return Wrong(absl::StrCat("added_tokens: token ", token.id, " has ", token.content.size(), " bytes; at most ", kMaxAddedBytes,
+                                " are accepted"));
     }
     const std::optional<int32_t> known = Find(token.content);
     if (known && *known != token.id) {
       return Wrong(absl::StrCat("added_tokens gives '", token.content.substr(0, 100), "' the id ", token.id, "; it has ", *known));
     }
     if (static_cast<size_t>(token.id) > bytes_.size() + kMaxAddedTokens) {
-      return Wrong(absl::StrCat("added_tokens gives '", token.content.substr(0, 100), "' the id ", token.id, "; there are ", bytes_.size(), " tokens before it"));
+      return Wrong(absl::StrCat("added_tokens gives '", token.content.substr(0, 100), "' the id ", token.id, "; there are ",
+                                bytes_.size(), " tokens before it"));
     }
     if (static_cast<size_t>(token.id) >= bytes_.size()) bytes_.resize(static_cast<size_t>(token.id) + 1);
     ids_.emplace(token.content, token.id);
@@ -328,7 +343,8 @@ absl::Status BpeTokenizer::LoadPostProcessor(const json& description, int depth)
     return fields.status();
   }
   if (type != "TemplateProcessing") {
-    return absl::UnimplementedError(absl::StrCat("post_processor: type is '", type.substr(0, 100), "'; known are TemplateProcessing, ByteLevel, Sequence"));
+    return absl::UnimplementedError(
+        absl::StrCat("post_processor: type is '", type.substr(0, 100), "'; known are TemplateProcessing, ByteLevel, Sequence"));
   }
   bool before = true;
   for (const json& part : fields.Array("single")) {
@@ -343,8 +359,10 @@ absl::Status BpeTokenizer::LoadPostProcessor(const json& description, int depth)
     const std::optional<int32_t> id = Find(content);
     if (!id) return Wrong(absl::StrCat("post_processor has the token '", content.substr(0, 100), "', which the vocabulary lacks"));
     if (before && bos_) return absl::UnimplementedError("post_processor puts more than one token in front of a text");
-    if (before) bos_ = id;
-    else template_eos_ = id;
+    if (before)
+      bos_ = id;
+    else
+      template_eos_ = id;
   }
   adds_bos_ = bos_.has_value();
   return fields.status();
@@ -372,6 +390,7 @@ void BpeTokenizer::ChooseEnds(const json& config) {
   eos_ = named("eos_token");
   if (!eos_) eos_ = template_eos_;
   if (!eos_) eos_ = first_of({"</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>"});
+  end_of_turn_ = first_of({"<|im_end|>", "<|eot_id|>"});
 }
 
 absl::StatusOr<std::vector<int32_t>> BpeTokenizer::Encode(const std::string& text, const EncodeOptions& options) const {
@@ -386,8 +405,8 @@ absl::StatusOr<std::vector<int32_t>> BpeTokenizer::Encode(const std::string& tex
     if (normalizer_.empty() && added_normalized_.empty()) return encode(part, 0);
     absl::StatusOr<std::string> normalized = normalizer_.Apply(std::string(part));
     if (!normalized.ok()) return normalized.status();
-    // Special tokens that are looked for only here are rare; what users wrote is not told apart from the rest any more, so where there
-    // is any, none is taken.
+    // Special tokens that are looked for only here are rare; what users wrote is not told apart from the rest any more, so where
+    // there is any, none is taken.
     const EncodeOptions after = {.allow_special = options.allow_special && options.literal.empty()};
     return added_normalized_.Split(*normalized, 0, after, encode, on_token);
   };
@@ -418,8 +437,10 @@ void BpeTokenizer::EncodePiece(std::string_view piece, std::vector<int32_t>& sym
     bool unknown_before = false;
     for (const char c : piece) {
       const int32_t id = byte_ids_[static_cast<unsigned char>(c)];
-      if (id >= 0) symbols.push_back(id);
-      else if (unknown_ && !(fuse_unknown_ && unknown_before)) symbols.push_back(*unknown_);
+      if (id >= 0)
+        symbols.push_back(id);
+      else if (unknown_ && !(fuse_unknown_ && unknown_before))
+        symbols.push_back(*unknown_);
       unknown_before = id < 0;
     }
   }

@@ -23,7 +23,9 @@ class BytePairMerges {
     int32_t rank;
     int32_t joined;
   };
-  static uint64_t Key(int32_t left, int32_t right) { return static_cast<uint64_t>(static_cast<uint32_t>(left)) << 32 | static_cast<uint32_t>(right); }
+  static uint64_t Key(int32_t left, int32_t right) {
+    return static_cast<uint64_t>(static_cast<uint32_t>(left)) << 32 | static_cast<uint32_t>(right);
+  }
   const Pair* Find(int32_t left, int32_t right) const {
     const auto it = pairs_.find(Key(left, right));
     return it == pairs_.end() ? nullptr : &it->second;

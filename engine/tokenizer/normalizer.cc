@@ -36,9 +36,9 @@ bool IsSurelyNfc(std::string_view text) {
 
 absl::StatusOr<std::string> Map(const std::string& text, int options) {
   utf8proc_uint8_t* mapped = nullptr;
-  const utf8proc_ssize_t size = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()),
-                                             static_cast<utf8proc_ssize_t>(text.size()), &mapped,
-                                             static_cast<utf8proc_option_t>(options));
+  const utf8proc_ssize_t size =
+      utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()), static_cast<utf8proc_ssize_t>(text.size()), &mapped,
+                   static_cast<utf8proc_option_t>(options));
   if (size < 0) return absl::InvalidArgumentError(absl::StrCat("text: cannot be normalised: ", utf8proc_errmsg(size)));
   std::string result(reinterpret_cast<const char*>(mapped), static_cast<size_t>(size));
   std::free(mapped);
@@ -74,11 +74,16 @@ absl::Status Normalizer::Add(const nlohmann::json& description, int depth) {
     return fields.status();
   }
   Step step{};
-  if (type == "NFC") step.kind = Kind::kNfc;
-  else if (type == "NFD") step.kind = Kind::kNfd;
-  else if (type == "NFKC") step.kind = Kind::kNfkc;
-  else if (type == "NFKD") step.kind = Kind::kNfkd;
-  else if (type == "Lowercase") step.kind = Kind::kLowercase;
+  if (type == "NFC")
+    step.kind = Kind::kNfc;
+  else if (type == "NFD")
+    step.kind = Kind::kNfd;
+  else if (type == "NFKC")
+    step.kind = Kind::kNfkc;
+  else if (type == "NFKD")
+    step.kind = Kind::kNfkd;
+  else if (type == "Lowercase")
+    step.kind = Kind::kLowercase;
   else if (type == "Prepend") {
     step.kind = Kind::kPrepend;
     step.to = fields.String("prepend");
@@ -100,8 +105,9 @@ absl::Status Normalizer::Add(const nlohmann::json& description, int depth) {
     }
     step.from = pattern.text;
   } else if (fields.status().ok()) {
-    return absl::UnimplementedError(absl::StrCat("normalizer: type is '", type.substr(0, 100),
-                                                 "'; known are NFC, NFD, NFKC, NFKD, Lowercase, Prepend, Replace, Strip, Sequence"));
+    return absl::UnimplementedError(
+        absl::StrCat("normalizer: type is '", type.substr(0, 100),
+                     "'; known are NFC, NFD, NFKC, NFKD, Lowercase, Prepend, Replace, Strip, Sequence"));
   }
   if (!fields.status().ok()) return fields.status();
   steps_.push_back(std::move(step));

@@ -65,12 +65,16 @@ absl::Status PreTokenizer::Add(const nlohmann::json& description, int depth) {
     const bool split = fields.Bool("split", true);
     if (!fields.status().ok()) return fields.status();
     if (replacement != kMetaspace) {
-      return absl::UnimplementedError(absl::StrCat("pre_tokenizer: Metaspace's replacement is '", replacement.substr(0, 16), "'; known is U+2581"));
+      return absl::UnimplementedError(
+          absl::StrCat("pre_tokenizer: Metaspace's replacement is '", replacement.substr(0, 16), "'; known is U+2581"));
     }
-    if (scheme == "first") step.prepend = Prepend::kFirst;
-    else if (scheme == "never") step.prepend = Prepend::kNever;
+    if (scheme == "first")
+      step.prepend = Prepend::kFirst;
+    else if (scheme == "never")
+      step.prepend = Prepend::kNever;
     else if (scheme != "always") {
-      return absl::InvalidArgumentError(absl::StrCat("pre_tokenizer: prepend_scheme is '", scheme.substr(0, 40), "'; known are always, first, never"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("pre_tokenizer: prepend_scheme is '", scheme.substr(0, 40), "'; known are always, first, never"));
     }
     steps_.push_back(step);
     return split ? AddSplit(kMetaspace, Behavior::kMergedWithNext, false) : absl::OkStatus();
@@ -88,8 +92,9 @@ absl::Status PreTokenizer::Add(const nlohmann::json& description, int depth) {
     for (const auto& [name, value] : kBehaviors) {
       if (behavior == name) return AddSplit(pattern.is_regex ? pattern.text : EscapeRegex(pattern.text), value, invert);
     }
-    return absl::InvalidArgumentError(absl::StrCat("pre_tokenizer: behavior is '", behavior.substr(0, 40),
-                                                   "'; known are Removed, Isolated, MergedWithPrevious, MergedWithNext, Contiguous"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("pre_tokenizer: behavior is '", behavior.substr(0, 40),
+                     "'; known are Removed, Isolated, MergedWithPrevious, MergedWithNext, Contiguous"));
   }
   return absl::UnimplementedError(
       absl::StrCat("pre_tokenizer: type is '", type.substr(0, 100), "'; known are ByteLevel, Digits, Metaspace, Split, Sequence"));
@@ -131,21 +136,27 @@ absl::Status PreTokenizer::SplitPiece(const Step& step, std::string_view piece, 
       break;
     case Behavior::kContiguous:
       for (size_t i = 0; i < parts.size(); ++i) {
-        if (i > 0 && parts[i].matches == parts[i - 1].matches) joined.back() = join(joined.back(), parts[i].text);
-        else joined.push_back(parts[i].text);
+        if (i > 0 && parts[i].matches == parts[i - 1].matches)
+          joined.back() = join(joined.back(), parts[i].text);
+        else
+          joined.push_back(parts[i].text);
       }
       break;
     case Behavior::kMergedWithPrevious:
       for (const Part& part : parts) {
-        if (part.matches && !previous && !joined.empty()) joined.back() = join(joined.back(), part.text);
-        else joined.push_back(part.text);
+        if (part.matches && !previous && !joined.empty())
+          joined.back() = join(joined.back(), part.text);
+        else
+          joined.push_back(part.text);
         previous = part.matches;
       }
       break;
     case Behavior::kMergedWithNext:
       for (size_t i = parts.size(); i-- > 0;) {
-        if (parts[i].matches && !previous && !joined.empty()) joined.back() = join(parts[i].text, joined.back());
-        else joined.push_back(parts[i].text);
+        if (parts[i].matches && !previous && !joined.empty())
+          joined.back() = join(parts[i].text, joined.back());
+        else
+          joined.push_back(parts[i].text);
         previous = parts[i].matches;
       }
       std::reverse(joined.begin(), joined.end());

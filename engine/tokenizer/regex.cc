@@ -56,9 +56,12 @@ std::string WithUnicodeSpace(const std::string& pattern) {
   for (size_t i = 0; i < pattern.size(); ++i) {
     if (pattern[i] == '\\' && i + 1 < pattern.size()) {
       const char next = pattern[++i];
-      if (next == 's') absl::StrAppend(&out, in_class ? "" : "[", kSpace, in_class ? "" : "]");
-      else if (next == 'S' && !in_class) absl::StrAppend(&out, "[^", kSpace, "]");
-      else absl::StrAppend(&out, "\\", std::string(1, next));
+      if (next == 's')
+        absl::StrAppend(&out, in_class ? "" : "[", kSpace, in_class ? "" : "]");
+      else if (next == 'S' && !in_class)
+        absl::StrAppend(&out, "[^", kSpace, "]");
+      else
+        absl::StrAppend(&out, "\\", std::string(1, next));
       continue;
     }
     if (pattern[i] == '[') in_class = true;
@@ -72,7 +75,8 @@ std::string WithUnicodeSpace(const std::string& pattern) {
 
 absl::StatusOr<std::unique_ptr<Regex>> Regex::Compile(const std::string& pattern) {
   if (pattern.size() > 64 << 10) {
-    return absl::InvalidArgumentError(absl::StrCat("the pattern has ", pattern.size(), " bytes; at most ", 64 << 10, " are accepted"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("the pattern has ", pattern.size(), " bytes; at most ", 64 << 10, " are accepted"));
   }
   const std::string written = WithUnicodeSpace(pattern);
   int error = 0;
@@ -109,7 +113,8 @@ absl::Status Regex::ForEachMatch(std::string_view text, absl::FunctionRef<void(s
     if (found[1] > found[0]) on_match(found[0], found[1]);
     at = found[1];
     if (count % 64 == 0 && std::chrono::steady_clock::now() - begin > kTimeLimit) {
-      return absl::InvalidArgumentError(absl::StrCat("text: the tokenizer's pattern took more than ", kTimeLimit.count(), " s on it"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("text: the tokenizer's pattern took more than ", kTimeLimit.count(), " s on it"));
     }
   }
   return absl::OkStatus();

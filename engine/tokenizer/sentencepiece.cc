@@ -24,7 +24,8 @@ class SentencePieceTokenizer final : public Tokenizer {
     // One table, so that decoding needs no library call for each token.
     for (int id = 0; id < model_->size(); ++id) {
       bytes_.push_back(BytesOf(id));
-      if (model_->kind(id) == PieceKind::kSpecial) specials_.Add({.id = id, .content = model_->piece(id), .special = true}, model_->piece(id));
+      if (model_->kind(id) == PieceKind::kSpecial)
+        specials_.Add({.id = id, .content = model_->piece(id), .special = true}, model_->piece(id));
     }
     std::vector<int> plain, spaced;
     if (!model_->Encode("a", &plain, &error) || !model_->Encode("  a", &spaced, &error) || plain.empty()) return absl::OkStatus();

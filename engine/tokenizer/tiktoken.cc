@@ -26,9 +26,16 @@ absl::string_view Key(std::string_view text) { return {text.data(), text.size()}
 
 // Llama-3's names; the first of 256 stand for something, the others are held in reserve.
 std::vector<std::string> SpecialNames() {
-  std::vector<std::string> names = {"<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-                                    "<|reserved_special_token_2|>", "<|reserved_special_token_3|>", "<|start_header_id|>",
-                                    "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"};
+  std::vector<std::string> names = {"<|begin_of_text|>",
+                                    "<|end_of_text|>",
+                                    "<|reserved_special_token_0|>",
+                                    "<|reserved_special_token_1|>",
+                                    "<|reserved_special_token_2|>",
+                                    "<|reserved_special_token_3|>",
+                                    "<|start_header_id|>",
+                                    "<|end_header_id|>",
+                                    "<|reserved_special_token_4|>",
+                                    "<|eot_id|>"};
   for (int i = 5; names.size() < kSpecials; ++i) names.push_back(absl::StrCat("<|reserved_special_token_", i, "|>"));
   return names;
 }
@@ -47,6 +54,7 @@ class TiktokenTokenizer final : public Tokenizer {
   }
   std::optional<int32_t> bos_id() const override { return ranks(); }
   std::optional<int32_t> eos_id() const override { return ranks() + 1; }
+  std::optional<int32_t> end_of_turn_id() const override { return ranks() + 9; }
 
  private:
   int32_t ranks() const { return static_cast<int32_t>(bytes_.size()); }
@@ -121,7 +129,8 @@ absl::StatusOr<std::vector<int32_t>> TiktokenTokenizer::Encode(const std::string
   std::vector<int32_t> ids;
   ids.reserve(text.size() / 3 + 4);
   const absl::Status status = specials_.Split(
-      text, 0, options, [&](std::string_view part, size_t) { return EncodePart(part, ids); }, [&](int32_t id) { ids.push_back(id); });
+      text, 0, options, [&](std::string_view part, size_t) { return EncodePart(part, ids); },
+      [&](int32_t id) { ids.push_back(id); });
   if (!status.ok()) return status;
   return ids;
 }

@@ -62,7 +62,8 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const std::string& fold
   } else if (chosen == "bpe") {
     loaded = LoadBpe(absl::StrCat(folder, "/tokenizer.json"));
     // A Unigram model, say, that has its SentencePiece file beside it.
-    if (absl::IsUnimplemented(loaded.status()) && kind.empty() && Exists(model) && !IsRankFile(model)) loaded = LoadSentencePiece(model);
+    if (absl::IsUnimplemented(loaded.status()) && kind.empty() && Exists(model) && !IsRankFile(model))
+      loaded = LoadSentencePiece(model);
   }
   if (!loaded.ok() || *loaded == nullptr) return loaded;
   if ((*loaded)->vocab_size() > vocab_size) {

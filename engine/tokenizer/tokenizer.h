@@ -51,6 +51,8 @@ class Tokenizer {
 
   virtual std::optional<int32_t> bos_id() const = 0;
   virtual std::optional<int32_t> eos_id() const = 0;
+  // What ends a turn of a chat, where that is another token than eos_id.
+  virtual std::optional<int32_t> end_of_turn_id() const { return std::nullopt; }
   // Whether a text is meant to begin with bos_id.
   virtual bool adds_bos() const { return bos_id().has_value(); }
 

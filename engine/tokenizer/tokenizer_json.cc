@@ -81,7 +81,9 @@ class Builder final : public nlohmann::json_sax<json> {
     if (error_.empty()) error_ = std::move(message);
     return false;
   }
-  bool AtModel(const char* key) const { return open_.size() == 2 && keys_[0] == "model" && keys_[1] == key && open_[1]->is_object(); }
+  bool AtModel(const char* key) const {
+    return open_.size() == 2 && keys_[0] == "model" && keys_[1] == key && open_[1]->is_object();
+  }
   bool Enter(Part part) {
     part_ = part;
     depth_in_part_ = 1;
@@ -95,7 +97,8 @@ class Builder final : public nlohmann::json_sax<json> {
   bool Number(T value) {
     if (part_ != Part::kVocab) return Value(value);
     if (static_cast<uint64_t>(value) > INT32_MAX) {
-      return Fail(absl::StrCat("model.vocab gives '", key_.substr(0, 100), "' the id ", value, "; it must be in [0, ", INT32_MAX, "]"));
+      return Fail(
+          absl::StrCat("model.vocab gives '", key_.substr(0, 100), "' the id ", value, "; it must be in [0, ", INT32_MAX, "]"));
     }
     result_.vocab.emplace_back(std::move(key_), static_cast<int64_t>(value));
     return true;
@@ -111,7 +114,9 @@ class Builder final : public nlohmann::json_sax<json> {
     return &parent.back();
   }
   bool Value(json value) {
-    if (part_ != Part::kNone) return Fail(absl::StrCat(NameOfPart(), " has a value of the wrong kind, ", value.dump(-1, ' ', false, json::error_handler_t::replace).substr(0, 100)));
+    if (part_ != Part::kNone)
+      return Fail(absl::StrCat(NameOfPart(), " has a value of the wrong kind, ",
+                               value.dump(-1, ' ', false, json::error_handler_t::replace).substr(0, 100)));
     Put(std::move(value));
     return true;
   }
@@ -173,7 +178,11 @@ bool JsonFields::Bool(const char* key, bool fallback) {
 int64_t JsonFields::Int(const char* key, int64_t low, int64_t high) {
   const json* value = Find(key);
   if (value != nullptr && value->is_number_integer() && *value >= low && *value <= high) return value->get<int64_t>();
-  Fail(absl::StrCat(key, value == nullptr ? " is missing" : absl::StrCat(" is ", value->dump(-1, ' ', false, json::error_handler_t::replace).substr(0, 40)), "; it must be an integer in [", low, ", ", high, "]"));
+  Fail(absl::StrCat(key,
+                    value == nullptr
+                        ? " is missing"
+                        : absl::StrCat(" is ", value->dump(-1, ' ', false, json::error_handler_t::replace).substr(0, 40)),
+                    "; it must be an integer in [", low, ", ", high, "]"));
   return low;
 }
 

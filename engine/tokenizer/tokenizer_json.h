@@ -28,9 +28,9 @@ class JsonFields {
   std::string OptionalString(const char* key, const std::string& fallback);
   bool Bool(const char* key, bool fallback);
   int64_t Int(const char* key, int64_t low, int64_t high);
-  const nlohmann::json& Array(const char* key);   // empty where there is none: an error
-  const nlohmann::json& Value(const char* key);   // null where there is none
-  TextPattern Pattern(const char* key);           // {"String": …} or {"Regex": …}
+  const nlohmann::json& Array(const char* key);  // empty where there is none: an error
+  const nlohmann::json& Value(const char* key);  // null where there is none
+  TextPattern Pattern(const char* key);          // {"String": …} or {"Regex": …}
   const absl::Status& status() const { return status_; }
 
  private:

@@ -25,7 +25,8 @@ std::vector<std::string> Lines(const std::string& path) {
   std::vector<std::string> lines;
   std::ifstream file(path);
   for (std::string line; std::getline(file, line);) lines.push_back(line + "\n");
-  const char* words[] = {"the", "keeper", "of", "harbour", "counts", "340", "boats", "naïve", "東京", "Москва", "don't", "return x+1;", "🙂", "\n"};
+  const char* words[] = {"the",   "keeper", "of",     "harbour", "counts",      "340",  "boats",
+                         "naïve", "東京",   "Москва", "don't",   "return x+1;", "🙂", "\n"};
   uint64_t state = 1;
   for (int i = 0; lines.size() < 5000 && path.empty(); ++i) {
     std::string& line = lines.emplace_back();
@@ -57,7 +58,8 @@ double BestSeconds(double seconds, const Work& work) {
 void BenchTokenizer() {
   const auto loaded = engine::LoadTokenizer(absl::GetFlag(FLAGS_checkpoint), "", 1 << 24);
   if (!loaded.ok() || *loaded == nullptr) {
-    std::fprintf(stderr, "memserve-bench: %s\n", loaded.ok() ? "--checkpoint has no tokenizer" : std::string(loaded.status().message()).c_str());
+    std::fprintf(stderr, "memserve-bench: %s\n",
+                 loaded.ok() ? "--checkpoint has no tokenizer" : std::string(loaded.status().message()).c_str());
     return;
   }
   const Tokenizer& tokenizer = **loaded;
@@ -79,7 +81,8 @@ void BenchTokenizer() {
   }
   std::printf("%s, %d tokens: %zu lines, %.2f MB, %zu tokens; encode %.1f MB/s (%.2f M tokens/s), decode %.1f MB/s, one thread\n",
               std::string(tokenizer.name()).c_str(), tokenizer.vocab_size(), lines.size(), static_cast<double>(bytes) / 1e6, tokens,
-              static_cast<double>(bytes) / encode / 1e6, static_cast<double>(tokens) / encode / 1e6, static_cast<double>(bytes) / decode / 1e6);
+              static_cast<double>(bytes) / encode / 1e6, static_cast<double>(tokens) / encode / 1e6,
+              static_cast<double>(bytes) / decode / 1e6);
 }
 
 }  // namespace memserve::bench

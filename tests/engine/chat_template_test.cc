@@ -24,7 +24,8 @@ std::string ReadAll(const std::string& path) {
 
 jinja::Dict Tokens() {
   jinja::Dict variables;
-  for (const auto& [name, text] : {std::pair("bos_token", "<s>"), std::pair("eos_token", "</s>"), std::pair("pad_token", "<pad>"), std::pair("unk_token", "<unk>")}) {
+  for (const auto& [name, text] : {std::pair("bos_token", "<s>"), std::pair("eos_token", "</s>"), std::pair("pad_token", "<pad>"),
+                                   std::pair("unk_token", "<unk>")}) {
     variables.emplace_back(name, jinja::Value::Written(text));
   }
   return variables;
@@ -65,7 +66,8 @@ TEST_P(ChatTemplateFileTest, RendersAsTransformersDoes) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Families, ChatTemplateFileTest,
-                         ::testing::Values("chatml", "llama-2", "llama-3", "mistral", "qwen2", "qwen2.5", "qwen3", "smollm2", "zephyr"),
+                         ::testing::Values("chatml", "llama-2", "llama-3", "mistral", "qwen2", "qwen2.5", "qwen3", "smollm2",
+                                           "zephyr"),
                          [](const auto& info) {
                            std::string name = info.param;
                            std::erase_if(name, [](char c) { return c == '-' || c == '.'; });
@@ -74,18 +76,27 @@ INSTANTIATE_TEST_SUITE_P(Families, ChatTemplateFileTest,
 
 // What follows is as Python's jinja2 has it, unless it says otherwise.
 TEST(ChatTemplateTest, ComputesAsPythonDoes) {
-  EXPECT_EQ(Rendered("{{ 7 // 2 }} {{ -7 // 2 }} {{ -7 % 3 }} {{ 7 / 2 }} {{ 2 + 3 * 4 }} {{ 1 ~ 2 + 3 if false else 'x' }}"), "3 -4 2 3.5 14 x");
+  EXPECT_EQ(Rendered("{{ 7 // 2 }} {{ -7 // 2 }} {{ -7 % 3 }} {{ 7 / 2 }} {{ 2 + 3 * 4 }} {{ 1 ~ 2 + 3 if false else 'x' }}"),
+            "3 -4 2 3.5 14 x");
   EXPECT_EQ(Rendered("{{ 'naïve'[2] }}{{ 'naïve'[::-1] }}{{ 'naïve'[-3:] }}{{ 'naïve'|length }}"), "ïevïanïve5");
   EXPECT_EQ(Rendered("{{ [1, 2, 3][1:] }}{{ {'a': none, 'b': [true, 'x']} }}"), "[2, 3]{'a': None, 'b': [True, 'x']}");
-  EXPECT_EQ(Rendered("{{ ' a b '.split() }}{{ 'a,b,c'.split(',', 1) }}{{ 'a,b,c'.rsplit(',', 1) }}"), "['a', 'b']['a', 'b,c']['a,b', 'c']");
+  EXPECT_EQ(Rendered("{{ ' a b '.split() }}{{ 'a,b,c'.split(',', 1) }}{{ 'a,b,c'.rsplit(',', 1) }}"),
+            "['a', 'b']['a', 'b,c']['a,b', 'c']");
   EXPECT_EQ(Rendered("{{ {'a': 1, 'b': \"x\\n\"}|tojson }}{{ [1]|tojson(indent=2) }}"), "{\"a\": 1, \"b\": \"x\\n\"}[\n  1\n]");
-  EXPECT_EQ(Rendered("{% for m in messages if m.role == 'user' %}{{ loop.index }}{{ loop.last }}{{ m.content }}{% endfor %}"), "1TrueHello");
+  EXPECT_EQ(Rendered("{% for m in messages if m.role == 'user' %}{{ loop.index }}{{ loop.last }}{{ m.content }}{% endfor %}"),
+            "1TrueHello");
   EXPECT_EQ(Rendered("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}"), "2");
   EXPECT_EQ(Rendered("{% set x = 1 %}{% for m in messages %}{% set x = 2 %}{% endfor %}{{ x }}"), "1");
   EXPECT_EQ(Rendered("{% macro f(a, b='B') %}{{ a }}{{ b }}{% endmacro %}{{ f('1') }}{{ f('2', b='C') }}"), "1B2C");
-  EXPECT_EQ(Rendered("{% for i in range(5) %}{% if i == 1 %}{% continue %}{% endif %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}"), "02");
-  EXPECT_EQ(Rendered("{{ x is defined }}{{ x is not defined }}{{ 3 is odd }}{{ 'a' in 'cat' }}{{ 1 not in [2] }}{{ x|default('d') }}"), "FalseTrueTrueTrueTrued");
-  EXPECT_EQ(Rendered("{{ messages|map(attribute='role')|join(',') }}{{ messages|selectattr('role', 'equalto', 'user')|list|length }}"), "user,assistant1");
+  EXPECT_EQ(Rendered("{% for i in range(5) %}{% if i == 1 %}{% continue %}{% endif %}{% if i == 3 %}{% break %}{% endif %}{{ i "
+                     "}}{% endfor %}"),
+            "02");
+  EXPECT_EQ(
+      Rendered("{{ x is defined }}{{ x is not defined }}{{ 3 is odd }}{{ 'a' in 'cat' }}{{ 1 not in [2] }}{{ x|default('d') }}"),
+      "FalseTrueTrueTrueTrued");
+  EXPECT_EQ(
+      Rendered("{{ messages|map(attribute='role')|join(',') }}{{ messages|selectattr('role', 'equalto', 'user')|list|length }}"),
+      "user,assistant1");
   EXPECT_EQ(Rendered("  {%- if true %}\n a\n  {% endif %}\n b {# c #}\n"), " a\n b ");
   EXPECT_EQ(Rendered("{% raw %}{{ x }}{% endraw %}"), "{{ x }}");
 }
@@ -97,14 +108,16 @@ TEST(ChatTemplateTest, WhatIsWrongGivesOneLineWithItsPlace) {
             "t: line 1: the statement 'include' is not known; known are if, for, set, macro, break, continue, raw, generation");
   EXPECT_EQ(Rendered("\n\n{{ f(1) }}"), "chat: the template, line 3: 'f' is not known");
   EXPECT_EQ(Rendered("{{ x.y.z }}"), "chat: the template, line 1: 'y' is asked of something undefined");
-  EXPECT_EQ(Rendered("{{ raise_exception('no ' ~ messages[0].role) }}"), "chat: the template, line 1: the template refuses it: no user");
+  EXPECT_EQ(Rendered("{{ raise_exception('no ' ~ messages[0].role) }}"),
+            "chat: the template, line 1: the template refuses it: no user");
   EXPECT_EQ(Rendered("{{ 'a'|nosuch }}"), "chat: the template, line 1: the filter 'nosuch' is not known");
 }
 
 // Each would take for ever, all memory or the stack.
 TEST(ChatTemplateTest, HostileTemplatesEndSoon) {
   const auto begin = std::chrono::steady_clock::now();
-  std::string nested_lists = "{% set ns = namespace(x=[]) %}{% for i in range(100000) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}";
+  std::string nested_lists =
+      "{% set ns = namespace(x=[]) %}{% for i in range(100000) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}";
   for (const std::string& source : {
            std::string("{% for a in range(100000) %}{% for b in range(100000) %}{{ a }}{% endfor %}{% endfor %}"),
            std::string("{{ 'x' * 1000000000000 }}"),
@@ -114,19 +127,38 @@ TEST(ChatTemplateTest, HostileTemplatesEndSoon) {
            std::string("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}"),
            nested_lists,
            std::string("{% set ns = namespace() %}{% set ns.x = ns %}"),
-           std::string("{% set ns = namespace(x=[1]) %}{% for i in range(50) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x|tojson }}"),
-           std::string("{% set ns = namespace(x=[1]) %}{% for i in range(50) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x == ns.x }}{{ [] ~ ns.x }}"),
+           std::string(
+               "{% set ns = namespace(x=[1]) %}{% for i in range(50) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x|tojson }}"),
+           std::string("{% set ns = namespace(x=[1]) %}{% for i in range(50) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x == "
+                       "ns.x }}{{ [] ~ ns.x }}"),
            std::string("{% set ns = namespace(x=[1]) %}{% for i in range(50) %}{% set ns.x = ns.x + ns.x %}{% endfor %}"),
-           std::string("{% for i in range(99999) %}{{ 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' * 10000 }}{% endfor %}"),
+           std::string(
+               "{% for i in range(99999) %}{{ 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' * 10000 }}{% endfor %}"),
            std::string("{{ ('a' * 5000000).replace('a', 'b' * 1000) }}"),
            std::string("{{ ('a' * 5000000)|list|join('b' * 1000) }}"),
            std::string("{{ 9223372036854775807 * 9223372036854775807 }}"),
            std::string("{{ (0 - 9223372036854775807 - 1) // -1 }}"),
            "{{ " + std::string(100000, '(') + " }}",
            "{{ " + std::string(100000, '-') + "1 }}",
-           "{{ 1" + [] { std::string sum; for (int i = 0; i < 100000; ++i) sum += " + 1"; return sum; }() + " }}",
-           "{{ x" + [] { std::string path; for (int i = 0; i < 100000; ++i) path += ".y"; return path; }() + " }}",
-           [] { std::string blocks; for (int i = 0; i < 50000; ++i) blocks += "{% if x %}"; return blocks; }(),
+           "{{ 1" +
+               [] {
+                 std::string sum;
+                 for (int i = 0; i < 100000; ++i) sum += " + 1";
+                 return sum;
+               }() +
+               " }}",
+           "{{ x" +
+               [] {
+                 std::string path;
+                 for (int i = 0; i < 100000; ++i) path += ".y";
+                 return path;
+               }() +
+               " }}",
+           [] {
+             std::string blocks;
+             for (int i = 0; i < 50000; ++i) blocks += "{% if x %}";
+             return blocks;
+           }(),
            std::string(2 << 20, 'x'),
        }) {
     const auto rendered = Render(source, {.messages = {{"user", "Hello"}}});
@@ -156,7 +188,8 @@ TEST(ChatTemplateTest, KnowsWhatTheMessagesWrote) {
   EXPECT_EQ(spans("{{ messages[0].content|tojson }}", "a\"b"), "\"{a\\\"b}\"");
   EXPECT_EQ(spans("{% for c in messages[0].content %}{{ c }},{% endfor %}", "ab"), "{a},{b},");
   EXPECT_EQ(spans("{% set x %}<{{ messages[0].content }}>{% endset %}{{ x }}", "a"), "<{a}>");
-  EXPECT_EQ(spans("{{ messages[0].role }}{{ messages[1].role }}", "a"), "user{hacker}") << "a role that is not known is as untrusted";
+  EXPECT_EQ(spans("{{ messages[0].role }}{{ messages[1].role }}", "a"), "user{hacker}")
+      << "a role that is not known is as untrusted";
   EXPECT_EQ(spans("{{ [messages[0].content] }}", "a"), "['{a}']");
 }
 
@@ -170,17 +203,26 @@ TEST(ChatTemplateTest, MutatedTemplatesGiveTextOrAnError) {
   std::sort(sources.begin(), sources.end());
   ASSERT_GE(sources.size(), 9u);
   int rendered = 0;
-  constexpr std::string_view kPieces[] = {"{{", "}}", "{%", "%}", "-", "(", ")", "[", "]", "'", "|", ".", "*", "99999999", " for ", " if ", "endif", "loop", "messages", ":", ",", "~"};
+  constexpr std::string_view kPieces[] = {"{{", "}}", "{%",       "%}",    "-",    "(",     ")",    "[",        "]", "'", "|",
+                                          ".",  "*",  "99999999", " for ", " if ", "endif", "loop", "messages", ":", ",", "~"};
   for (int round = 0; round < 3000; ++round) {
     std::string source = sources[random() % sources.size()];
     for (int change = 0; change < 1 + round % 4; ++change) {
       const size_t at = random() % source.size();
       const size_t size = std::min<size_t>(1 + random() % 12, source.size() - at);
       switch (random() % 4) {
-        case 0: source.erase(at, size); break;
-        case 1: source.insert(at, source.substr(random() % source.size(), 1 + random() % 30)); break;
-        case 2: source.insert(at, kPieces[random() % std::size(kPieces)]); break;
-        default: source[at] = static_cast<char>(random()); break;
+        case 0:
+          source.erase(at, size);
+          break;
+        case 1:
+          source.insert(at, source.substr(random() % source.size(), 1 + random() % 30));
+          break;
+        case 2:
+          source.insert(at, kPieces[random() % std::size(kPieces)]);
+          break;
+        default:
+          source[at] = static_cast<char>(random());
+          break;
       }
       if (source.empty()) source = "x";
     }

@@ -1,4 +1,5 @@
-// memserve-tokenizer: a tokenizer for itself, one line of JSON in, one out. tests/tokenizer_parity.py compares it with the packages.
+// memserve-tokenizer: a tokenizer for itself, one line of JSON in, one out. tests/tokenizer_parity.py compares it with the
+// packages.
 //
 //   memserve-tokenizer KIND PATH encode [special]   "text" → [ids]; special: names of special tokens give them
 //   memserve-tokenizer KIND PATH decode [special]   [ids] → "text"; special: special tokens give their names
@@ -108,8 +109,10 @@ int main(int argc, char** argv) {
     json answer;
     if (mode == "encode") {
       const auto ids = (*tokenizer)->Encode(json::parse(line).get<std::string>(), {.allow_special = special});
-      if (ids.ok()) answer = *ids;
-      else answer = std::string(ids.status().message());
+      if (ids.ok())
+        answer = *ids;
+      else
+        answer = std::string(ids.status().message());
     } else {
       answer = (*tokenizer)->Decode(json::parse(line).get<std::vector<int32_t>>(), special);
     }
