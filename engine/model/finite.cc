@@ -17,12 +17,14 @@ constexpr Exponents kF16 = {0x7c007c007c007c00, 0x0400040004000400, 0x8000800080
 
 int64_t CountInWord(const Exponents& e, uint64_t word) { return __builtin_popcountll(((word & e.mask) + e.lowest) & e.carry); }
 
-int64_t Count(const Exponents& e, const char* bytes, int64_t size) {
+using UnalignedWord = uint64_t __attribute__((aligned(1), may_alias));
+
+int64_t Count(const Exponents e, const char* bytes, int64_t size) {
   constexpr int kRun = 64;  // words; a fixed number, so that the compiler makes vectors of them
   int64_t found = 0, at = 0;
-  uint64_t words[kRun];
-  for (; at + static_cast<int64_t>(sizeof(words)) <= size; at += sizeof(words)) {
-    std::memcpy(words, bytes + at, sizeof(words));
+  constexpr int64_t kRunBytes = kRun * sizeof(uint64_t);
+  for (; at + kRunBytes <= size; at += kRunBytes) {
+    const UnalignedWord* words = reinterpret_cast<const UnalignedWord*>(bytes + at);
     uint64_t any = 0;
     for (int i = 0; i < kRun; ++i) any |= (words[i] & e.mask) + e.lowest;
     if ((any & e.carry) == 0) continue;
