@@ -41,10 +41,12 @@ std::string Tokenizer::Decode(const std::vector<int32_t>& ids, bool keep_special
 
 std::string Detokenizer::Append(int32_t id) {
   if (tokenizer_.IsSpecial(id)) {
-    if (!keep_special_) return "";
+    // Bytes on both sides of a special token make no character: so the library has it. Hugging Face's decoders never see the token.
+    std::string text = tokenizer_.name() == "sentencepiece" ? joiner_.Finish() : std::string();
+    if (!keep_special_) return text;
     const std::string name = tokenizer_.SpecialName(id);
     first_ = first_ && name.empty();
-    return joiner_.Append(name);
+    return text + joiner_.Append(name);
   }
   return joiner_.Append(first_ ? tokenizer_.FirstTokenBytes(id, &first_) : tokenizer_.TokenBytes(id));
 }
