@@ -41,6 +41,8 @@ struct ScoreState {
 namespace {
 
 constexpr int kOutputThreads = 1;  // more would not keep a stream's deltas in order
+// Of a model faster than this tokens are handed over a few at a time: a reader notices nothing, and the engine wakes nobody at each.
+constexpr std::chrono::microseconds kOutputRest{300};
 
 uint64_t RandomBits() {
   uint64_t bits = 0;
@@ -171,7 +173,7 @@ class EngineImpl final : public Engine {
                .max_prompt_bytes = options_.max_prompt_bytes,
                .has_tokenizer = tokenizer_ != nullptr,
                .chat_template = chat_template_.status()};
-    output_ = std::make_unique<WorkQueue>(kOutputThreads);
+    output_ = std::make_unique<WorkQueue>(kOutputThreads, kOutputRest);
     tokenizing_ = std::make_unique<WorkQueue>(options_.tokenizer_threads);
     UpdateLoad();
     thread_ = std::thread([this] { Run(); });
