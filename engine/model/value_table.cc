@@ -52,6 +52,10 @@ absl::StatusOr<std::shared_ptr<kernels::RowStore>> LoadPart(const std::string& p
     if (layer == owner || !loader.Has(copy)) continue;
     if (loader.planning()) {
       if (absl::Status s = CheckCopy(checkpoint, name, copy); !s.ok()) return s;
+      const std::string scale = ScaleName(owner, part), scale_copy = ScaleName(layer, part);
+      if (loader.Has(scale) && loader.Has(scale_copy)) {
+        if (absl::Status s = CheckCopy(checkpoint, scale, scale_copy); !s.ok()) return s;
+      }
     }
     loader.Ignore(copy);
     loader.Ignore(ScaleName(layer, part));

@@ -17,6 +17,7 @@
 
 #include "engine/engine.h"
 #include "tests/support/files.h"
+#include "tests/support/files.h"
 #include "tests/support/golden.h"
 
 namespace memserve::engine {
@@ -25,29 +26,9 @@ namespace {
 using ::testing::ContainsRegex;
 using ::testing::HasSubstr;
 
-// A folder that goes away.
-class TempFolder {
- public:
-  TempFolder() {
-    std::string name = ::testing::TempDir() + "/checkpoint-XXXXXX";
-    path_ = mkdtemp(name.data());
-  }
-  ~TempFolder() { std::filesystem::remove_all(path_); }
-  std::string operator/(const std::string& name) const { return path_ + "/" + name; }
-  const std::string& path() const { return path_; }
-
- private:
-  std::string path_;
-};
-
-void Write(const std::string& path, const std::string& content) { std::ofstream(path, std::ios::binary) << content; }
-
-std::string ReadAll(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::stringstream text;
-  text << file.rdbuf();
-  return text.str();
-}
+using testing::ReadWholeFile;
+using testing::TempFolder;
+using testing::WriteFile;
 
 std::string Safetensors(const std::string& header, const std::string& data) {
   const uint64_t length = header.size();
@@ -56,7 +37,7 @@ std::string Safetensors(const std::string& header, const std::string& data) {
 
 absl::Status OpenStatus(const std::string& content) {
   const TempFolder folder;
-  Write(folder / "model.safetensors", content);
+  WriteFile(folder / "model.safetensors", content);
   return Checkpoint::Open(folder.path()).status();
 }
 
@@ -64,7 +45,7 @@ std::string OpenError(const std::string& header, const std::string& data) { retu
 
 TEST(CheckpointTest, ReadsTensorsOfAFile) {
   const TempFolder folder;
-  Write(folder / "model.safetensors",
+  WriteFile(folder / "model.safetensors",
         Safetensors(R"({"__metadata__":{"format":"pt"},"a":{"dtype":"BF16","shape":[2,3],"data_offsets":[4,16]},"b":{"dtype":"F32","shape":[],"data_offsets":[0,4]}})",
                     "abcd0123456789AB"));
   const std::unique_ptr<Checkpoint> checkpoint = Checkpoint::Open(folder.path()).value();
@@ -106,7 +87,7 @@ TEST(CheckpointTest, WrongHeadersNameFileTensorExpectedAndFound) {
 
 TEST(CheckpointTest, AFileThatShrinksMeanwhileIsAnErrorNotASignal) {
   const TempFolder folder;
-  Write(folder / "model.safetensors", Safetensors(R"({"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}})", "0123456789abcdef"));
+  WriteFile(folder / "model.safetensors", Safetensors(R"({"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}})", "0123456789abcdef"));
   const std::unique_ptr<Checkpoint> checkpoint = Checkpoint::Open(folder.path()).value();
   ASSERT_EQ(truncate((folder / "model.safetensors").c_str(), 70), 0);
   char out[16];
@@ -117,14 +98,14 @@ TEST(CheckpointTest, AFileThatShrinksMeanwhileIsAnErrorNotASignal) {
 
 TEST(CheckpointTest, AnIndexNamesItsShardsAndNothingOutsideTheFolder) {
   const TempFolder folder;
-  Write(folder / "one.safetensors", Safetensors(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})", "0123"));
-  Write(folder / "two.safetensors", Safetensors(R"({"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})", "0123"));
+  WriteFile(folder / "one.safetensors", Safetensors(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})", "0123"));
+  WriteFile(folder / "two.safetensors", Safetensors(R"({"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})", "0123"));
   const std::string index = folder / "model.safetensors.index.json";
-  Write(index, R"({"weight_map":{"a":"one.safetensors"}})");
+  WriteFile(index, R"({"weight_map":{"a":"one.safetensors"}})");
   EXPECT_EQ(Checkpoint::Open(folder.path()).value()->tensors().size(), 1u);
-  Write(index, R"({"weight_map":{"a":"../one.safetensors"}})");
+  WriteFile(index, R"({"weight_map":{"a":"../one.safetensors"}})");
   EXPECT_THAT(std::string(Checkpoint::Open(folder.path()).status().message()), HasSubstr("only files of the folder itself are read"));
-  Write(index, R"({"weight_map":{"a":"three.safetensors"}})");
+  WriteFile(index, R"({"weight_map":{"a":"three.safetensors"}})");
   EXPECT_EQ(Checkpoint::Open(folder.path()).status().code(), absl::StatusCode::kNotFound);
   std::filesystem::remove(index);
   EXPECT_EQ(Checkpoint::Open(folder.path()).value()->tensors().size(), 2u);
@@ -135,10 +116,10 @@ TEST(CheckpointTest, AnIndexNamesItsShardsAndNothingOutsideTheFolder) {
 
 TEST(CheckpointTest, AnIndexThatNamesAnotherFileForATensorIsRefused) {
   const TempFolder folder;
-  Write(folder / "one.safetensors", Safetensors(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})", "0123"));
-  Write(folder / "two.safetensors", Safetensors(R"({"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})", "0123"));
+  WriteFile(folder / "one.safetensors", Safetensors(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})", "0123"));
+  WriteFile(folder / "two.safetensors", Safetensors(R"({"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})", "0123"));
   const auto error = [&](const std::string& map) {
-    Write(folder / "model.safetensors.index.json", "{\"weight_map\":" + map + "}");
+    WriteFile(folder / "model.safetensors.index.json", "{\"weight_map\":" + map + "}");
     return std::string(Checkpoint::Open(folder.path()).status().message());
   };
   EXPECT_EQ(error(R"({"a":"one.safetensors","b":"two.safetensors"})"), "");
@@ -153,11 +134,11 @@ TEST(CheckpointTest, AnIndexThatNamesAnotherFileForATensorIsRefused) {
 TEST(CheckpointTest, LinksStayInTheFolderOrLeadToABlobOfTheHubsCache) {
   const TempFolder outside, cache;
   const std::string content = Safetensors(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})", "0123");
-  Write(outside / "model.safetensors", content);
+  WriteFile(outside / "model.safetensors", content);
   std::filesystem::create_directories(cache / "blobs");
   std::filesystem::create_directories(cache / "snapshots/main");
   const std::string snapshot = cache / "snapshots/main", link = snapshot + "/model.safetensors", hash(64, 'a');
-  Write(cache / ("blobs/" + hash), content);
+  WriteFile(cache / ("blobs/" + hash), content);
   const auto status_of = [&](const std::string& target) {
     std::filesystem::remove(link);
     std::filesystem::create_symlink(target, link);
@@ -167,7 +148,7 @@ TEST(CheckpointTest, LinksStayInTheFolderOrLeadToABlobOfTheHubsCache) {
   EXPECT_THAT(std::string(status_of(outside / "model.safetensors").message()), ContainsRegex("model.safetensors: is a link to .* out of the folder"));
   EXPECT_THAT(std::string(status_of("../../blobs/../blobs/" + hash).message()), HasSubstr("out of the folder"));
   EXPECT_THAT(std::string(status_of("../../blobs/none" + hash).message()), HasSubstr("leads nowhere"));
-  Write(snapshot + "/real", content);
+  WriteFile(snapshot + "/real", content);
   EXPECT_TRUE(status_of("real").ok());
   std::filesystem::remove(cache / ("blobs/" + hash));
   std::filesystem::create_symlink(outside / "model.safetensors", cache / ("blobs/" + hash));
@@ -177,18 +158,18 @@ TEST(CheckpointTest, LinksStayInTheFolderOrLeadToABlobOfTheHubsCache) {
 TEST(CheckpointTest, AFileThatChangedSinceItWasOpenedIsReported) {
   const TempFolder folder;
   const std::string path = folder / "model.safetensors", content = Safetensors(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})", "0123");
-  Write(path, content);
+  WriteFile(path, content);
   const auto after = [&](const std::function<void()>& change) {
     const std::unique_ptr<Checkpoint> checkpoint = Checkpoint::Open(folder.path()).value();
     change();
     return std::string(checkpoint->CheckUnchanged().message());
   };
   EXPECT_EQ(after([] {}), "");
-  EXPECT_THAT(after([&] { Write(path + ".new", content), std::filesystem::rename(path + ".new", path); }), HasSubstr("changed while it was loaded"));
+  EXPECT_THAT(after([&] { WriteFile(path + ".new", content), std::filesystem::rename(path + ".new", path); }), HasSubstr("changed while it was loaded"));
   EXPECT_THAT(after([&] { std::filesystem::last_write_time(path, std::filesystem::file_time_type::clock::now() + std::chrono::hours(1)); }),
               HasSubstr("changed while it was loaded"));
-  EXPECT_THAT(after([&] { Write(path, content + "x"); }), HasSubstr("now it has " + std::to_string(content.size() + 1)));
-  Write(path, content);
+  EXPECT_THAT(after([&] { WriteFile(path, content + "x"); }), HasSubstr("now it has " + std::to_string(content.size() + 1)));
+  WriteFile(path, content);
   EXPECT_THAT(after([&] { std::filesystem::remove(path); }), HasSubstr("now it is gone"));
 }
 
@@ -204,10 +185,10 @@ TEST(CheckpointTest, AConfigThatContradictsTheTensorsIsRefusedBeforeAnythingIsAl
   const auto error = [](const std::string& from, const std::string& to) {
     const TempFolder folder;
     CopyCheckpoint("A", folder);
-    std::string config = ReadAll(folder / "config.json");
+    std::string config = ReadWholeFile(folder / "config.json");
     const size_t at = config.find(from);
     EXPECT_NE(at, std::string::npos) << from;
-    Write(folder / "config.json", config.replace(at, from.size(), to));
+    WriteFile(folder / "config.json", config.replace(at, from.size(), to));
     return StartError(folder);
   };
   EXPECT_THAT(error("\"vocab_size\": 258", "\"vocab_size\": 259"),

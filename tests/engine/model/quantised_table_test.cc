@@ -148,6 +148,8 @@ TEST(QuantisedTableErrorsTest, AreOneLineWithTensorExpectedAndFound) {
                 t["layers.4.feed_forward.values.weight"].dtype = "I8";
               }),
               HasSubstr("tensor '" + table + ".weight' is int8"));
+  EXPECT_THAT(error_with([&](Tensors& t) { t["layers.4.feed_forward.values.scale"].bytes[0] ^= 1; }),
+              HasSubstr("tensors '" + table + ".scale' and 'layers.4.feed_forward.values.scale' differ"));
   EXPECT_THAT(LoadError(golden.checkpoint, "int2"), HasSubstr("table_dtype: 'int2' is not one of auto, f32, bf16, int8, int4"));
 }
 
