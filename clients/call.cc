@@ -13,6 +13,7 @@
 #include "grpc/support/log.h"
 #include "grpcpp/create_channel.h"
 #include "grpcpp/security/credentials.h"
+#include "grpcpp/support/channel_arguments.h"
 
 namespace memserve::clients {
 namespace {
@@ -46,8 +47,17 @@ void WaitForInterrupts() {
   }
 }
 
+// One failed try to connect would fail all calls for gRPC's first back-off, a second: a try may fail on a machine under load although
+// the server is there, so it is made again for a while. The call then says what is wrong.
 std::shared_ptr<grpc::Channel> Connect(const Options& options) {
-  return grpc::CreateChannel(options.address, grpc::InsecureChannelCredentials());
+  constexpr int kRetryMs = 100;
+  constexpr std::chrono::milliseconds kPatience{1500};
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, kRetryMs);
+  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, kRetryMs);
+  auto channel = grpc::CreateCustomChannel(options.address, grpc::InsecureChannelCredentials(), arguments);
+  channel->WaitForConnected(std::chrono::system_clock::now() + kPatience);
+  return channel;
 }
 
 const char* CodeName(grpc::StatusCode code) {
