@@ -13,6 +13,8 @@ void BenchSilu();
 void BenchSearch();
 void BenchGather();
 void BenchRowDot();
+void BenchCount();
+void BenchMask();
 void BenchSample();
 void BenchLogits();
 void BenchModel();
