@@ -80,6 +80,12 @@ ModelInfo Describe(const EngineOptions& options, const CheckpointFolder& loaded,
     for (int64_t extent : tensor.shape) parameters *= extent;
     info.trunk_parameters += parameters;
   }
+  if (!config.memory.layers.empty()) {
+    info.memory_layers = config.memory.layers;
+    info.memory_rows = config.memory.rows();
+    info.mem_heads = config.memory.mem_heads;
+    info.mem_knn = config.memory.mem_knn;
+  }
   for (const auto& table : executor.first_rank().model().value_tables()) {
     ValueTableInfo held = {.name = table->tensor,
                            .layers = table->layers,
@@ -172,7 +178,8 @@ class EngineImpl final : public Engine {
                .max_context_tokens = info_.max_context_tokens,
                .max_prompt_bytes = options_.max_prompt_bytes,
                .has_tokenizer = tokenizer_ != nullptr,
-               .chat_template = chat_template_.status()};
+               .chat_template = chat_template_.status(),
+               .memory = config_.memory};
     output_ = std::make_unique<WorkQueue>(kOutputThreads, kOutputRest);
     tokenizing_ = std::make_unique<WorkQueue>(options_.tokenizer_threads);
     UpdateLoad();
@@ -235,7 +242,7 @@ class EngineImpl final : public Engine {
                                                                         std::shared_ptr<RequestControl> control, ScoreCallback callback);
   absl::Status CheckFits(const Sequence& sequence) const;
   absl::Status CheckAdmission(int64_t prompt_tokens, absl::Time deadline) const;
-  std::shared_ptr<const std::string> ChainRoot(const SchedulingParams& scheduling, int32_t memory_knn, const std::string& id) const;
+  std::shared_ptr<const std::string> ChainRoot(const SchedulingParams& scheduling, const SequenceMemory& memory, const std::string& id) const;
 
   // --- engine thread
   void Run();
@@ -496,10 +503,10 @@ absl::Status EngineImpl::CheckAdmission(int64_t prompt_tokens, absl::Time deadli
 
 // What keys and values depend on beside the tokens, and whose they are. A request that keeps out of the cache has a root of its own: its
 // own sequences still share their prompt.
-std::shared_ptr<const std::string> EngineImpl::ChainRoot(const SchedulingParams& scheduling, int32_t memory_knn,
+std::shared_ptr<const std::string> EngineImpl::ChainRoot(const SchedulingParams& scheduling, const SequenceMemory& memory,
                                                          const std::string& id) const {
   if (!scheduling.prefix_cache) return std::make_shared<const std::string>(absl::StrCat("request ", id, " ", absl::Hex(RandomBits())));
-  return std::make_shared<const std::string>(absl::StrCat("knn ", memory_knn, " salt ", scheduling.cache_salt));
+  return std::make_shared<const std::string>(absl::StrCat(memory.Key(), " salt ", scheduling.cache_salt));
 }
 
 absl::StatusOr<std::shared_ptr<Sequence>> EngineImpl::BuildSequence(const GenerateRequest& request,
@@ -529,11 +536,11 @@ absl::StatusOr<std::shared_ptr<Sequence>> EngineImpl::BuildSequence(const Genera
   s.top_k = request.sampling.top_k.value_or(generation_.top_k.value_or(0));
   s.top_p = request.sampling.top_p.value_or(generation_.top_p.value_or(1.0f));
   s.seed = request.sampling.seed.has_value() ? *request.sampling.seed : RandomBits();
-  s.memory_knn = request.memory.enabled ? config_.memory.mem_knn : 0;
+  s.memory = Resolve(request.memory, config_.memory);
   s.rules = LogitRules::New(request.sampling, s.temperature, s.stop_ids, request.stop.min_tokens, config_.vocab_size);
   s.top_logprobs = request.top_logprobs;
   s.priority = request.scheduling.priority;
-  s.chain.root = ChainRoot(request.scheduling, s.memory_knn, control->id);
+  s.chain.root = ChainRoot(request.scheduling, s.memory, control->id);
   if (absl::Status status = CheckFits(s); !status.ok()) return status;
   if (absl::Status status = CheckAdmission(s.prompt_tokens, request.deadline); !status.ok()) return status;
 
@@ -561,8 +568,8 @@ absl::StatusOr<std::vector<std::shared_ptr<Sequence>>> EngineImpl::BuildSequence
   state->remaining = static_cast<int>(request.continuations.size());
   state->result.usage.prompt_tokens = static_cast<int32_t>(context.size());
   std::vector<std::shared_ptr<Sequence>> sequences;
-  const int32_t memory_knn = request.memory.enabled ? config_.memory.mem_knn : 0;
-  const std::shared_ptr<const std::string> root = ChainRoot(request.scheduling, memory_knn, control->id);
+  const SequenceMemory memory = Resolve(request.memory, config_.memory);
+  const std::shared_ptr<const std::string> root = ChainRoot(request.scheduling, memory, control->id);
   int64_t all_tokens = static_cast<int64_t>(context.size());
   for (size_t i = 0; i < request.continuations.size(); ++i) {
     auto sequence = std::make_shared<Sequence>();
@@ -577,7 +584,7 @@ absl::StatusOr<std::vector<std::shared_ptr<Sequence>>> EngineImpl::BuildSequence
                                                      " tokens; this server accepts ", limits_.max_context_tokens));
     }
     s.prompt_tokens = static_cast<int64_t>(s.tokens.size());
-    s.memory_knn = memory_knn;
+    s.memory = memory;
     s.priority = request.scheduling.priority;
     s.chain.root = root;
     if (i > 0) s.leader = sequences.front();

@@ -41,6 +41,10 @@ struct ModelInfo {
   int n_kv_heads = 0;
   int64_t trunk_parameters = 0;
   std::vector<ValueTableInfo> value_tables;
+  std::vector<int> memory_layers;
+  int64_t memory_rows = 0;  // of each table
+  int mem_heads = 0;        // 0 without memory layers, as mem_knn
+  int mem_knn = 0;
   std::vector<int32_t> eos_token_ids;
   std::optional<int32_t> bos_token_id;
   std::string tokenizer;  // "sentencepiece", "bpe", "tiktoken", "bytes", "none"

@@ -25,7 +25,7 @@ absl::StatusOr<std::unique_ptr<Rank>> Rank::Build(const ModelConfig& config, con
     set.from_slot = workspace.Take<int32_t>(tokens, 1);
     set.positions = workspace.Take<int32_t>(tokens, 1);
     set.sequence = workspace.Take<int32_t>(tokens, 1);
-    set.memory_knn = workspace.Take<int32_t>(tokens, 1);
+    set.memory_knn = workspace.Take<int32_t>(std::max<int64_t>(1, static_cast<int64_t>(config.memory.layers.size())), tokens);
     set.kv_slots = workspace.Take<int64_t>(tokens, 1);
     set.block_tables = workspace.Take<int32_t>(options.max_sequences, options.pages_per_sequence());
     set.logit_tokens = workspace.Take<int32_t>(tokens, 1);
@@ -43,6 +43,8 @@ absl::StatusOr<std::unique_ptr<Rank>> Rank::Build(const ModelConfig& config, con
     set.bias_tokens = workspace.Take<int32_t>(sequences, kMostBiasEntries);
     set.bias_values = workspace.Take(sequences, kMostBiasEntries);
     set.masks = workspace.Take<uint32_t>(sequences, (config.vocab_size + 31) / 32);
+    set.masked_end = workspace.Take<int32_t>(sequences, 1);
+    set.masked_rows = workspace.Take<int32_t>(sequences, static_cast<int64_t>(kMaxMaskedRows));
     set.top_counts = workspace.Take<int32_t>(sequences, 1);
     set.top_tokens = workspace.Take<int32_t>(sequences, kMaxTopLogprobs);
     set.top_logprobs = workspace.Take(sequences, kMaxTopLogprobs);
@@ -103,18 +105,39 @@ absl::StatusOr<std::unique_ptr<Rank>> Rank::Load(const ModelConfig& config, cons
   return rank;
 }
 
+// Fills token_knn_: each token's rows per memory head, in all memory layers alike or in each. Returns which layers any token uses.
+std::vector<bool> Rank::SpreadKnn(const Batch& batch) {
+  const int64_t tokens = batch.num_tokens(), layers = static_cast<int64_t>(config_->memory.layers.size());
+  const int64_t rows = batch.layers_off.empty() ? 1 : layers;
+  token_knn_.resize(rows * tokens);
+  std::vector<bool> memory_on(layers);
+  std::vector<int32_t> knn;  // [num_sequences]
+  for (int64_t m = 0; m < rows; ++m) {
+    knn = batch.memory_knn;
+    for (size_t i = 0; i < batch.layers_off.size(); i += 2) {
+      if (batch.layers_off[i + 1] == m) knn[batch.layers_off[i]] = 0;
+    }
+    for (int64_t t = 0; t < tokens; ++t) token_knn_[m * tokens + t] = knn[batch.sequence[t]];
+    const bool on = std::any_of(knn.begin(), knn.end(), [](int32_t rows_of) { return rows_of > 0; });
+    if (rows == layers) memory_on[m] = on;
+    else memory_on.assign(layers, on);
+  }
+  return memory_on;
+}
+
 ForwardContext Rank::CopyToDevice(const Batch& batch, const StepArrays& arrays) {
   const auto copy = [this](auto* device, const auto& host) {
     static_assert(sizeof(*device) == sizeof(host[0]));
     if (!host.empty()) backend_->CopyToDevice(device, host.data(), static_cast<int64_t>(host.size() * sizeof(host[0])));
   };
-  token_knn_.resize(batch.num_tokens());
-  for (int64_t t = 0; t < batch.num_tokens(); ++t) token_knn_[t] = batch.memory_knn[batch.sequence[t]];
+  std::vector<bool> memory_on = SpreadKnn(batch);
   copy(arrays.token_ids, batch.token_ids);
   copy(arrays.from_slot, batch.from_slot);
   copy(arrays.positions, batch.positions);
   copy(arrays.sequence, batch.sequence);
   copy(arrays.memory_knn, token_knn_);
+  copy(arrays.masked_rows, batch.masked_rows);
+  if (!batch.masked_rows.empty()) copy(arrays.masked_end, batch.masked_end);
   copy(arrays.kv_slots, batch.kv_slots);
   copy(arrays.block_tables, batch.block_tables);
   copy(arrays.logit_tokens, batch.logit_tokens);
@@ -134,7 +157,10 @@ ForwardContext Rank::CopyToDevice(const Batch& batch, const StepArrays& arrays) 
           .positions = {arrays.positions, {tokens}},
           .sequence = {arrays.sequence, {tokens}},
           .kv_slots = {arrays.kv_slots, {tokens}},
-          .memory_knn = {arrays.memory_knn, {tokens}},
+          .memory_knn = {arrays.memory_knn, {static_cast<int64_t>(token_knn_.size()) / std::max<int64_t>(1, tokens), tokens}},
+          .memory_on = std::move(memory_on),
+          .masked_end = {arrays.masked_end, {static_cast<int64_t>(batch.masked_end.size())}},
+          .masked_rows = {arrays.masked_rows, {static_cast<int64_t>(batch.masked_rows.size())}},
           .block_tables = {arrays.block_tables, {batch.num_sequences(), batch.pages_per_sequence}}};
 }
 
@@ -198,6 +224,7 @@ void Rank::SampleAdjusted(const Batch& batch, const StepArrays& arrays, int64_t 
 absl::Status Rank::Execute(const Batch& batch, MemoryTrace* trace) {
   MEMSERVE_CHECK(in_flight_.size() < 2);
   MEMSERVE_CHECK(batch.num_tokens() <= options_.max_tokens && batch.num_sequences() <= options_.max_sequences);
+  MEMSERVE_CHECK(batch.masked_rows.size() <= batch.masked_end.size() * kMaxMaskedRows);
   MEMSERVE_CHECK(batch.pages_per_sequence <= options_.pages_per_sequence());
   const int set = next_set_;
   next_set_ = 1 - next_set_;

@@ -74,7 +74,7 @@ class Rank {
  private:
   // Device arrays of one step. Two sets, used in turn.
   struct StepArrays {
-    int32_t *token_ids, *from_slot, *positions, *sequence, *memory_knn, *block_tables, *logit_tokens, *score_targets;
+    int32_t *token_ids, *from_slot, *positions, *sequence, *memory_knn, *masked_end, *masked_rows, *block_tables, *logit_tokens, *score_targets;
     int64_t* kv_slots;
     kernels::SamplingSlot* sampling;
     kernels::LogitAdjustment* adjustments;
@@ -97,6 +97,7 @@ class Rank {
   static absl::StatusOr<std::unique_ptr<Rank>> Build(const ModelConfig& config, const Shard& shard, const Checkpoint& checkpoint,
                                                      const RankOptions& options, WeightLoader& loader, Workspace& workspace,
                                                      kernels::Backend* backend, RankPlan& plan);
+  std::vector<bool> SpreadKnn(const Batch& batch);
   ForwardContext CopyToDevice(const Batch& batch, const StepArrays& arrays);
   void SampleAndScore(const ForwardContext& context, const Batch& batch, const StepArrays& arrays);
   void SampleAdjusted(const Batch& batch, const StepArrays& arrays, int64_t begin, kernels::TensorView<const float, 2> logits);
@@ -115,7 +116,7 @@ class Rank {
   int32_t* ignored_ = nullptr;  // [max_sequences]
   int next_set_ = 0;
   std::vector<InFlight> in_flight_;
-  std::vector<int32_t> token_knn_;  // host, scratch of CopyToDevice
+  std::vector<int32_t> token_knn_;  // host, scratch of CopyToDevice: [memory layers or 1, num_tokens]
 };
 
 }  // namespace memserve::engine

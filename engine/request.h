@@ -56,7 +56,10 @@ struct StopParams {
 
 // What the memory layers do for one sequence.
 struct MemoryMode {
-  bool enabled = true;  // off: they add nothing to the residual stream
+  bool enabled = true;               // off: they add nothing to the residual stream
+  std::optional<int32_t> knn;        // [1, mem_knn]: so many rows for each memory head; unset: mem_knn
+  std::vector<int32_t> layers;       // of the model, whose memory is on; empty: all that have one
+  std::vector<int32_t> masked_rows;  // at most 1024: left out of the sums of all layers, the other weights stay as they are
 };
 
 // Where a request stands among the others.

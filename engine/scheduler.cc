@@ -182,7 +182,7 @@ void Scheduler::PlanTokens(const Planned& planned, int64_t step, absl::Time now,
   Sequence& s = *planned.sequence;
   Batch& batch = plan.batch;
   const auto row = static_cast<int32_t>(batch.num_sequences());
-  batch.memory_knn.push_back(s.memory_knn);
+  s.memory.AddTo(batch);
   const size_t table = batch.block_tables.size();
   batch.block_tables.resize(table + batch.pages_per_sequence, -1);
   std::copy(s.pages.begin(), s.pages.end(), batch.block_tables.begin() + static_cast<int64_t>(table));

@@ -11,6 +11,7 @@
 #include "absl/time/time.h"
 #include "engine/kv_cache.h"
 #include "engine/logit_rules.h"
+#include "engine/memory_mode.h"
 #include "engine/request.h"
 #include "kernels/sampling.h"
 
@@ -44,7 +45,7 @@ struct Sequence {
   int32_t top_k = 0;
   float top_p = 1;
   uint64_t seed = 0;
-  int32_t memory_knn = 0;
+  SequenceMemory memory;
   std::unique_ptr<LogitRules> rules;  // null: the logits stay as they are
   int32_t top_logprobs = 0;
 

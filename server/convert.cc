@@ -83,7 +83,13 @@ engine::StopParams ToStop(const v1::StopParams& params) {
   return stop;
 }
 
-engine::MemoryMode ToMemoryMode(const v1::MemoryParams& params) { return {.enabled = !params.has_enabled() || params.enabled()}; }
+engine::MemoryMode ToMemoryMode(const v1::MemoryParams& params) {
+  engine::MemoryMode mode = {.enabled = !params.has_enabled() || params.enabled()};
+  if (params.has_knn()) mode.knn = params.knn();
+  mode.layers.assign(params.layers().begin(), params.layers().end());
+  mode.masked_rows.assign(params.masked_rows().begin(), params.masked_rows().end());
+  return mode;
+}
 
 engine::SchedulingParams ToScheduling(const v1::SchedulingParams& params) {
   return {.priority = params.priority(),
@@ -219,6 +225,10 @@ v1::GetModelResponse ToProto(const engine::ModelInfo& model) {
   if (model.bos_token_id.has_value()) response.set_bos_token_id(*model.bos_token_id);
   response.set_tokenizer(model.tokenizer);
   response.set_chat(model.chat);
+  response.mutable_memory_layers()->Assign(model.memory_layers.begin(), model.memory_layers.end());
+  response.set_memory_rows(model.memory_rows);
+  response.set_mem_heads(model.mem_heads);
+  response.set_mem_knn(model.mem_knn);
   response.set_backend(model.backend);
   response.set_isa(model.isa);
   response.set_weight_dtype(model.weight_dtype);

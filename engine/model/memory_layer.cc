@@ -30,6 +30,7 @@ absl::StatusOr<std::unique_ptr<MemoryLayer>> MemoryLayer::Load(const ModelConfig
   const MemoryConfig& memory = config.memory;
   m.config_ = &config;
   m.layer_ = layer;
+  m.place_ = static_cast<int>(std::find(memory.layers.begin(), memory.layers.end(), layer) - memory.layers.begin());
   m.table_ = &table;
   m.first_rank_ = shard.rank == 0;
   const std::string prefix = absl::StrCat("layers.", layer, ".feed_forward.");
@@ -80,7 +81,7 @@ void MemoryLayer::NormaliseQuery(const ForwardContext& context, TensorView<float
   }
 }
 
-// rows and weights of the best product keys.
+// rows and weights of the best product keys that are not masked.
 void MemoryLayer::Search(const ForwardContext& context, const MemoryScratch& scratch, TensorView<const float, 2> x) const {
   const MemoryConfig& memory = config_->memory;
   const int64_t tokens = context.num_tokens;
@@ -90,10 +91,17 @@ void MemoryLayer::Search(const ForwardContext& context, const MemoryScratch& scr
   NormaliseQuery(context, query);
   context.backend->ProductKeySearch({.query = {query.data, {tokens, memory.mem_heads, 2, memory.half_dim()}},
                                      .half_keys = half_keys_.get(),
-                                     .knn_of_token = context.memory_knn,
+                                     .knn_of_token = context.KnnOf(place_),
                                      .scores = {scratch.scores, found},
                                      .weights = {scratch.weights, found},
                                      .rows = {scratch.rows, found}});
+  if (context.masked_rows.empty()) return;
+  const std::array<int64_t, 2> bags = {tokens, found[1] * found[2]};
+  context.backend->MaskRows({.sequence = context.sequence,
+                             .masked_end = context.masked_end,
+                             .masked = context.masked_rows,
+                             .rows = {scratch.rows, bags},
+                             .weights = {scratch.weights, bags}});
 }
 
 void MemoryLayer::Trace(const ForwardContext& context, const MemoryScratch& scratch) const {

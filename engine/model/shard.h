@@ -44,9 +44,18 @@ struct ForwardContext {
   kernels::TensorView<const int32_t, 1> positions;      // [num_tokens]
   kernels::TensorView<const int32_t, 1> sequence;       // [num_tokens]
   kernels::TensorView<const int64_t, 1> kv_slots;       // [num_tokens]
-  kernels::TensorView<const int32_t, 1> memory_knn;     // [num_tokens]; 0: memory off
+  kernels::TensorView<const int32_t, 2> memory_knn;     // [memory layers, num_tokens], or one row for all layers; 0: memory off
+  std::vector<bool> memory_on;                          // [memory layers]: for any token of the batch
+  kernels::TensorView<const int32_t, 1> masked_end;     // [num_sequences]
+  kernels::TensorView<const int32_t, 1> masked_rows;    // empty where no sequence masks any
   kernels::TensorView<const int32_t, 2> block_tables;   // [num_sequences, pages]
   MemoryTrace* trace = nullptr;  // optional: each memory layer adds what fired (and waits for the device to know)
+
+  // Rows per memory head of each token in a memory layer, by its place among them.
+  kernels::TensorView<const int32_t, 1> KnnOf(int memory_layer) const {
+    const int64_t row = memory_knn.dim(0) == 1 ? 0 : memory_layer;
+    return {memory_knn.data + row * num_tokens, {num_tokens}};
+  }
 };
 
 }  // namespace memserve::engine

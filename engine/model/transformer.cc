@@ -100,13 +100,18 @@ absl::Status Transformer::Forward(const ForwardContext& context, const TokenInpu
         {.x = x, .delta = last_delta, .delta_on = last_on, .weight = layer.attention_norm.view(), .eps = eps, .out = normed});
     layer.attention->Forward(context, rope_, *attention_scratch_, pages[i], normed, delta);
     backend.RmsNorm({.x = x, .delta = delta, .weight = layer.ffn_norm.view(), .eps = eps, .out = normed});
+    if (layer.memory != nullptr && !context.memory_on[layer.memory->place()]) {
+      last_delta = {};
+      last_on = {};
+      continue;
+    }
     if (layer.memory != nullptr) {
       if (absl::Status s = layer.memory->Forward(context, *memory_scratch_, normed, delta); !s.ok()) return s;
     } else {
       layer.feed_forward->Forward(context, *feed_forward_scratch_, normed, delta);
     }
     last_delta = delta;
-    last_on = layer.memory != nullptr ? context.memory_knn : TensorView<const int32_t, 1>();
+    last_on = layer.memory != nullptr ? context.KnnOf(layer.memory->place()) : TensorView<const int32_t, 1>();
   }
   backend.RmsNorm({.x = x, .delta = last_delta, .delta_on = last_on, .weight = norm_.view(), .eps = eps});
   return absl::OkStatus();

@@ -53,6 +53,10 @@ class FakeEngine final : public engine::Engine {
                                     .format = "bf16",
                                     .placement = "host",
                                     .bytes = int64_t{1} << 31}},
+                  .memory_layers = {1, 4},
+                  .memory_rows = 1 << 20,
+                  .mem_heads = 4,
+                  .mem_knn = 32,
                   .eos_token_ids = {257},
                   .bos_token_id = 256,
                   .tokenizer = "bytes",
@@ -220,7 +224,8 @@ class FakeEngine final : public engine::Engine {
             .max_context_tokens = model_info.max_context_tokens,
             .max_prompt_bytes = 1000,
             .has_tokenizer = true,
-            .chat_template = model_info.chat ? absl::OkStatus() : absl::UnimplementedError("chat: there is no template")};
+            .chat_template = model_info.chat ? absl::OkStatus() : absl::UnimplementedError("chat: there is no template"),
+            .memory = {.layers = model_info.memory_layers, .mem_knn = model_info.mem_knn}};
   }
 
   void Forget(const std::string& id) {
