@@ -539,6 +539,9 @@ absl::StatusOr<std::shared_ptr<Sequence>> EngineImpl::BuildSequence(const Genera
   s.memory = Resolve(request.memory, config_.memory);
   s.rules = LogitRules::New(request.sampling, s.temperature, s.stop_ids, request.stop.min_tokens, config_.vocab_size);
   s.top_logprobs = request.top_logprobs;
+  if (request.memory_trace) {
+    LOAD_OR_RETURN(s.trace, Resolve(*request.memory_trace, config_.memory, s.prompt_tokens, s.max_draws, options_.max_trace_entries));
+  }
   s.priority = request.scheduling.priority;
   s.chain.root = ChainRoot(request.scheduling, s.memory, control->id);
   if (absl::Status status = CheckFits(s); !status.ok()) return status;
@@ -679,6 +682,14 @@ void EngineImpl::Collect() {
   collected_ = now;
   step_times_.Add(plan.decodes, plan.batch.num_tokens() - plan.decodes, last_step_);
   prompt_tokens_ += plan.prompt_tokens;
+  for (size_t i = 0; i < plan.traced.size(); ++i) {
+    const auto& [sequence, position] = plan.traced[i];
+    if (sequence->ended) continue;
+    TokenTrace trace = TraceOf(*result, static_cast<int64_t>(i), plan.batch.num_traced(), sequence->trace, config_.memory);
+    trace.position = static_cast<int32_t>(position);
+    trace.token_id = sequence->tokens[position];
+    sequence->trace.Add(std::move(trace));
+  }
   for (size_t i = 0; i < plan.sampled.size(); ++i) {
     if (!plan.sampled[i]->ended) OnDrawn(plan.sampled[i], *result, i, now);
   }
@@ -700,10 +711,12 @@ void EngineImpl::OnDrawn(const std::shared_ptr<Sequence>& sequence, const StepRe
   const int32_t token = result.tokens[slot];
   ++completion_tokens_;
   if (s.first_token == absl::InfiniteFuture()) s.first_token = now;
+  std::vector<TokenTrace> traces = s.trace.TakeBefore(static_cast<int64_t>(s.tokens.size()));
   s.tokens.push_back(token);
   const bool stops = std::find(s.stop_ids.begin(), s.stop_ids.end(), token) != s.stop_ids.end();
-  outputs_.push_back([output = s.output, token, logprob = result.logprobs[slot], stops, top = TopLogprobsOf(result, slot, s.top_logprobs)]() mutable {
-    output->OnToken(token, logprob, std::move(top), !stops);
+  outputs_.push_back([output = s.output, token, logprob = result.logprobs[slot], stops, top = TopLogprobsOf(result, slot, s.top_logprobs),
+                      traces = std::move(traces)]() mutable {
+    output->OnToken(token, logprob, std::move(top), std::move(traces), !stops);
   });
   const bool full = static_cast<int64_t>(s.tokens.size()) - s.prompt_tokens >= s.max_draws;
   if (!stops && !full) return;

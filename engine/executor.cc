@@ -108,9 +108,9 @@ absl::StatusOr<StepResult> Executor::Collect() {
   return result;
 }
 
-absl::StatusOr<std::vector<float>> Executor::ExecuteForLogits(const Batch& batch, MemoryTrace* trace) {
+absl::StatusOr<std::vector<float>> Executor::ExecuteForLogits(const Batch& batch, StepResult* result) {
   if (!followers_.empty()) Send(Task::kLogits, std::make_shared<const Batch>(batch));
-  absl::StatusOr<std::vector<float>> logits = ranks_.front()->ExecuteForLogits(batch, trace);
+  absl::StatusOr<std::vector<float>> logits = ranks_.front()->ExecuteForLogits(batch, result);
   if (!logits.ok() && !followers_.empty()) ranks_.front()->collective()->Abort();
   return logits;
 }

@@ -33,8 +33,8 @@ class Executor {
   absl::Status Launch(const Batch& batch);
   // The results of the oldest step in flight.
   absl::StatusOr<StepResult> Collect();
-  // One batch by itself; logits of its logit tokens, [num_slots, vocab_size]. `trace`, if given, gets the rows that fired.
-  absl::StatusOr<std::vector<float>> ExecuteForLogits(const Batch& batch, MemoryTrace* trace = nullptr);
+  // One batch by itself; logits of its logit tokens, [num_slots, vocab_size]. `result`, if given, gets the rest.
+  absl::StatusOr<std::vector<float>> ExecuteForLogits(const Batch& batch, StepResult* result = nullptr);
 
   const Rank& first_rank() const { return *ranks_.front(); }
   const std::vector<std::unique_ptr<Rank>>& ranks() const { return ranks_; }

@@ -20,6 +20,7 @@ absl::StatusOr<std::unique_ptr<Rank>> Rank::Build(const ModelConfig& config, con
   LOAD_OR_RETURN(rank->model_, Transformer::Load(config, shard, checkpoint, limits, loader, workspace, backend));
 
   const int64_t tokens = options.max_tokens;
+  const int64_t trace_entries = static_cast<int64_t>(config.memory.layers.size()) * config.memory.mem_heads * config.memory.mem_knn;
   for (StepArrays& set : rank->arrays_) {
     set.token_ids = workspace.Take<int32_t>(tokens, 1);
     set.from_slot = workspace.Take<int32_t>(tokens, 1);
@@ -28,6 +29,9 @@ absl::StatusOr<std::unique_ptr<Rank>> Rank::Build(const ModelConfig& config, con
     set.memory_knn = workspace.Take<int32_t>(std::max<int64_t>(1, static_cast<int64_t>(config.memory.layers.size())), tokens);
     set.kv_slots = workspace.Take<int64_t>(tokens, 1);
     set.block_tables = workspace.Take<int32_t>(options.max_sequences, options.pages_per_sequence());
+    set.traced_tokens = workspace.Take<int32_t>(tokens, 1);
+    set.trace_rows = workspace.Take<int32_t>(tokens, trace_entries);
+    set.trace_weights = workspace.Take(tokens, trace_entries);
     set.logit_tokens = workspace.Take<int32_t>(tokens, 1);
     set.sampling = workspace.Take<kernels::SamplingSlot>(tokens, 1);
     set.score_targets = workspace.Take<int32_t>(tokens, 1);
@@ -138,6 +142,7 @@ ForwardContext Rank::CopyToDevice(const Batch& batch, const StepArrays& arrays) 
   copy(arrays.memory_knn, token_knn_);
   copy(arrays.masked_rows, batch.masked_rows);
   if (!batch.masked_rows.empty()) copy(arrays.masked_end, batch.masked_end);
+  copy(arrays.traced_tokens, batch.traced_tokens);
   copy(arrays.kv_slots, batch.kv_slots);
   copy(arrays.block_tables, batch.block_tables);
   copy(arrays.logit_tokens, batch.logit_tokens);
@@ -161,7 +166,10 @@ ForwardContext Rank::CopyToDevice(const Batch& batch, const StepArrays& arrays) 
           .memory_on = std::move(memory_on),
           .masked_end = {arrays.masked_end, {static_cast<int64_t>(batch.masked_end.size())}},
           .masked_rows = {arrays.masked_rows, {static_cast<int64_t>(batch.masked_rows.size())}},
-          .block_tables = {arrays.block_tables, {batch.num_sequences(), batch.pages_per_sequence}}};
+          .block_tables = {arrays.block_tables, {batch.num_sequences(), batch.pages_per_sequence}},
+          .traced_tokens = {arrays.traced_tokens, {batch.num_traced()}},
+          .trace_rows = arrays.trace_rows,
+          .trace_weights = arrays.trace_weights};
 }
 
 // Logits in slices that fit their buffer; a slice holds slots of one kind: adjusted, sampled as they are, or scored.
@@ -221,7 +229,7 @@ void Rank::SampleAdjusted(const Batch& batch, const StepArrays& arrays, int64_t 
                           .is_greedy = {ignored_, {count}}});
 }
 
-absl::Status Rank::Execute(const Batch& batch, MemoryTrace* trace) {
+absl::Status Rank::Execute(const Batch& batch) {
   MEMSERVE_CHECK(in_flight_.size() < 2);
   MEMSERVE_CHECK(batch.num_tokens() <= options_.max_tokens && batch.num_sequences() <= options_.max_sequences);
   MEMSERVE_CHECK(batch.masked_rows.size() <= batch.masked_end.size() * kMaxMaskedRows);
@@ -229,8 +237,7 @@ absl::Status Rank::Execute(const Batch& batch, MemoryTrace* trace) {
   const int set = next_set_;
   next_set_ = 1 - next_set_;
   const StepArrays& arrays = arrays_[set];
-  ForwardContext context = CopyToDevice(batch, arrays);
-  context.trace = trace;
+  const ForwardContext context = CopyToDevice(batch, arrays);
   const TokenInput input = {.token_ids = {arrays.token_ids, {batch.num_tokens()}},
                             .from_slot = {arrays.from_slot, {batch.num_tokens()}},
                             .sampled = {arrays_[1 - set].sampled, {options_.max_tokens}}};
@@ -239,16 +246,18 @@ absl::Status Rank::Execute(const Batch& batch, MemoryTrace* trace) {
   in_flight_.push_back({.num_sampled = batch.num_sampled(),
                         .num_scored = batch.num_slots() - batch.num_sampled(),
                         .most_top_logprobs = batch.most_top_logprobs(),
+                        .num_traced = batch.num_traced(),
                         .set = set,
                         .event = backend_->Record()});
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::vector<float>> Rank::ExecuteForLogits(const Batch& batch, MemoryTrace* trace) {
+absl::StatusOr<std::vector<float>> Rank::ExecuteForLogits(const Batch& batch, StepResult* result) {
   MEMSERVE_CHECK(in_flight_.empty());
-  if (absl::Status s = Execute(batch, trace); !s.ok()) return s;
+  if (absl::Status s = Execute(batch); !s.ok()) return s;
   const StepArrays& arrays = arrays_[in_flight_.front().set];
-  Collect();
+  StepResult collected = Collect();
+  if (result != nullptr) *result = std::move(collected);
   const int64_t vocab = config_->vocab_size;
   const ForwardContext context = {.backend = backend_.get(), .collective = collective_.get(), .num_tokens = batch.num_tokens()};
   std::vector<float> all(batch.num_slots() * vocab);
@@ -278,6 +287,10 @@ StepResult Rank::Collect() {
   copy(result.top_logprobs, arrays.top_logprobs, step.num_sampled * step.most_top_logprobs);
   copy(result.score_logprobs, arrays.score_logprobs, step.num_scored);
   copy(result.score_greedy, arrays.score_greedy, step.num_scored);
+  const MemoryConfig& memory = config_->memory;
+  const int64_t traced = step.num_traced * static_cast<int64_t>(memory.layers.size()) * memory.mem_heads * memory.mem_knn;
+  copy(result.trace_rows, arrays.trace_rows, traced);
+  copy(result.trace_weights, arrays.trace_weights, traced);
   return result;
 }
 

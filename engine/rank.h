@@ -59,12 +59,13 @@ class Rank {
                                                     std::unique_ptr<kernels::Collective> collective);
 
   // Enqueues a step. Up to two may be in flight; token ids of the second may refer to what the first samples.
-  absl::Status Execute(const Batch& batch, MemoryTrace* trace = nullptr);
+  absl::Status Execute(const Batch& batch);
   // Waits for the oldest step in flight and takes its results.
   StepResult Collect();
 
   // Runs one batch by itself and gives the logits of its logit tokens, [num_slots, vocab_size]: for parity tests and perplexity.
-  absl::StatusOr<std::vector<float>> ExecuteForLogits(const Batch& batch, MemoryTrace* trace = nullptr);
+  // `result`, if given, gets the rest.
+  absl::StatusOr<std::vector<float>> ExecuteForLogits(const Batch& batch, StepResult* result = nullptr);
 
   const RankLoaded& loaded() const { return loaded_; }
   const Transformer& model() const { return *model_; }
@@ -74,20 +75,21 @@ class Rank {
  private:
   // Device arrays of one step. Two sets, used in turn.
   struct StepArrays {
-    int32_t *token_ids, *from_slot, *positions, *sequence, *memory_knn, *masked_end, *masked_rows, *block_tables, *logit_tokens, *score_targets;
+    int32_t *token_ids, *from_slot, *positions, *sequence, *memory_knn, *masked_end, *masked_rows, *block_tables, *traced_tokens, *logit_tokens, *score_targets;
     int64_t* kv_slots;
     kernels::SamplingSlot* sampling;
     kernels::LogitAdjustment* adjustments;
     int32_t *seen_tokens, *seen_counts, *bias_tokens, *top_counts;
     float* bias_values;
     uint32_t* masks;
-    int32_t *sampled, *score_greedy, *top_tokens;     // out
-    float *logprobs, *score_logprobs, *top_logprobs;  // out
+    int32_t *sampled, *score_greedy, *top_tokens, *trace_rows;        // out
+    float *logprobs, *score_logprobs, *top_logprobs, *trace_weights;  // out
   };
   struct InFlight {
     int64_t num_sampled;
     int64_t num_scored;
     int64_t most_top_logprobs;
+    int64_t num_traced;
     int set;
     kernels::Backend::Event event;
   };

@@ -198,6 +198,10 @@ void Scheduler::PlanTokens(const Planned& planned, int64_t step, absl::Time now,
     batch.sequence.push_back(row);
     batch.kv_slots.push_back(s.pages[position / cache_.page_size()] * cache_.page_size() + position % cache_.page_size());
     const auto token = static_cast<int32_t>(batch.num_tokens() - 1);
+    if (s.trace.Wants(position)) {
+      batch.traced_tokens.push_back(token);
+      plan.traced.push_back({planned.sequence, position});
+    }
     if (s.scores() && position + 1 >= s.score_begin + s.scored_planned) {
       batch.logit_tokens.push_back(token);
       batch.score_targets.push_back(s.tokens[position + 1]);

@@ -165,6 +165,9 @@ absl::Status Validate(const GenerateRequest& request, const RequestLimits& limit
                                      CheckScheduling(request.scheduling), Validate(request.memory, limits.memory)}) {
     if (!status.ok()) return status;
   }
+  if (request.memory_trace) {
+    if (absl::Status s = Validate(*request.memory_trace, limits.memory); !s.ok()) return s;
+  }
   if (request.top_logprobs < 0 || request.top_logprobs > std::min<int64_t>(kMaxTopLogprobs, limits.vocab_size)) {
     return Bad("top_logprobs", absl::StrCat(request.top_logprobs, " is not in [0, ", std::min<int64_t>(kMaxTopLogprobs, limits.vocab_size), "]"));
   }

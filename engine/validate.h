@@ -5,6 +5,7 @@
 #include "engine/batch.h"
 #include "engine/engine.h"
 #include "engine/memory_mode.h"
+#include "engine/memory_trace.h"
 #include "engine/request.h"
 
 namespace memserve::engine {

@@ -29,7 +29,6 @@ absl::StatusOr<std::unique_ptr<MemoryLayer>> MemoryLayer::Load(const ModelConfig
   MemoryLayer& m = *memory_layer;
   const MemoryConfig& memory = config.memory;
   m.config_ = &config;
-  m.layer_ = layer;
   m.place_ = static_cast<int>(std::find(memory.layers.begin(), memory.layers.end(), layer) - memory.layers.begin());
   m.table_ = &table;
   m.first_rank_ = shard.rank == 0;
@@ -104,15 +103,15 @@ void MemoryLayer::Search(const ForwardContext& context, const MemoryScratch& scr
                              .weights = {scratch.weights, bags}});
 }
 
+// What the traced tokens read, before PEER scales the weights.
 void MemoryLayer::Trace(const ForwardContext& context, const MemoryScratch& scratch) const {
-  const int64_t entries = context.num_tokens * config_->memory.mem_heads * config_->memory.mem_knn;
-  MemoryTrace::Layer& traced = context.trace->layers.emplace_back();
-  traced.layer = layer_;
-  traced.rows.resize(entries);
-  traced.weights.resize(entries);
-  context.backend->Wait(context.backend->Record());
-  context.backend->CopyToHost(traced.rows.data(), scratch.rows, entries * static_cast<int64_t>(sizeof(int32_t)));
-  context.backend->CopyToHost(traced.weights.data(), scratch.weights, entries * static_cast<int64_t>(sizeof(float)));
+  const int64_t traced = context.traced_tokens.size(), bag = int64_t{config_->memory.mem_heads} * config_->memory.mem_knn;
+  const int64_t offset = place_ * traced * bag;
+  context.backend->SelectBags({.tokens = context.traced_tokens,
+                               .rows = {scratch.rows, {context.num_tokens, bag}},
+                               .weights = {scratch.weights, {context.num_tokens, bag}},
+                               .out_rows = {context.trace_rows + offset, {traced, bag}},
+                               .out_weights = {context.trace_weights + offset, {traced, bag}}});
 }
 
 // PEER: weight *= gelu(u[row] · x).
@@ -135,7 +134,7 @@ absl::Status MemoryLayer::Forward(const ForwardContext& context, const MemoryScr
   const TensorView<float, 2> pooled(direct ? out.data : scratch.pooled, {tokens, table_->columns.size()});
 
   Search(context, scratch, x);
-  if (context.trace != nullptr) Trace(context, scratch);
+  if (!context.traced_tokens.empty()) Trace(context, scratch);
   if (memory.peer_variant) ScaleByExperts(context, scratch, x);
 
   const std::array<int64_t, 2> bags = {tokens, int64_t{memory.mem_heads} * memory.mem_knn};

@@ -54,7 +54,6 @@ class MemoryLayer {
   void ScaleByExperts(const ForwardContext& context, const MemoryScratch& scratch, kernels::TensorView<const float, 2> x) const;
 
   const ModelConfig* config_ = nullptr;
-  int layer_ = 0;
   int place_ = 0;
   const ValueTable* table_ = nullptr;
   bool first_rank_ = true;  // adds the bias of a product whose inputs are split

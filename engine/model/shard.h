@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "engine/model/config.h"
-#include "engine/model/memory_trace.h"
 #include "engine/model/weights.h"
 #include "kernels/backend.h"
 #include "kernels/collective.h"
@@ -49,7 +48,9 @@ struct ForwardContext {
   kernels::TensorView<const int32_t, 1> masked_end;     // [num_sequences]
   kernels::TensorView<const int32_t, 1> masked_rows;    // empty where no sequence masks any
   kernels::TensorView<const int32_t, 2> block_tables;   // [num_sequences, pages]
-  MemoryTrace* trace = nullptr;  // optional: each memory layer adds what fired (and waits for the device to know)
+  kernels::TensorView<const int32_t, 1> traced_tokens;  // [num_traced]; empty: none
+  int32_t* trace_rows = nullptr;                        // out: [memory layers, num_traced, mem_heads, mem_knn]
+  float* trace_weights = nullptr;                       // out, beside trace_rows
 
   // Rows per memory head of each token in a memory layer, by its place among them.
   kernels::TensorView<const int32_t, 1> KnnOf(int memory_layer) const {

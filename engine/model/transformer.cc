@@ -100,7 +100,8 @@ absl::Status Transformer::Forward(const ForwardContext& context, const TokenInpu
         {.x = x, .delta = last_delta, .delta_on = last_on, .weight = layer.attention_norm.view(), .eps = eps, .out = normed});
     layer.attention->Forward(context, rope_, *attention_scratch_, pages[i], normed, delta);
     backend.RmsNorm({.x = x, .delta = delta, .weight = layer.ffn_norm.view(), .eps = eps, .out = normed});
-    if (layer.memory != nullptr && !context.memory_on[layer.memory->place()]) {
+    // What is off for all is not computed, but where it is to be told that nothing fired.
+    if (layer.memory != nullptr && !context.memory_on[layer.memory->place()] && context.traced_tokens.empty()) {
       last_delta = {};
       last_on = {};
       continue;
