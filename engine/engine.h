@@ -16,6 +16,7 @@
 #include "absl/time/time.h"
 #include "engine/options.h"
 #include "engine/request.h"
+#include "engine/table_queries.h"
 
 namespace memserve::engine {
 
@@ -98,6 +99,11 @@ class Engine {
                         std::function<void(absl::StatusOr<std::vector<int32_t>>)> callback) = 0;
   virtual void Detokenize(std::vector<int32_t> token_ids, bool keep_special,
                           std::function<void(absl::StatusOr<std::string>)> callback) = 0;
+
+  // Between two steps; the callback gets INVALID_ARGUMENT, UNIMPLEMENTED (no memory, or rows are not counted), RESOURCE_EXHAUSTED (too many
+  // such questions wait) or UNAVAILABLE (device failed). RowStats takes a few steps for each million rows.
+  virtual void ReadRows(ReadRowsRequest request, std::function<void(absl::StatusOr<TableRows>)> callback) = 0;
+  virtual void CountRows(RowStatsRequest request, std::function<void(absl::StatusOr<RowStats>)> callback) = 0;
 
   virtual const ModelInfo& model() const = 0;
   virtual Load load() const = 0;

@@ -10,7 +10,7 @@ namespace memserve::engine {
 namespace {
 
 absl::Status Bad(absl::string_view field, absl::string_view message) {
-  return absl::InvalidArgumentError(absl::StrCat("output.memory_trace", field, ": ", message));
+  return absl::InvalidArgumentError(absl::StrCat("memory_trace", field, ": ", message));
 }
 
 }  // namespace
@@ -29,7 +29,7 @@ std::vector<TokenTrace> SequenceTrace::TakeBefore(int64_t position) {
 }
 
 absl::Status Validate(const MemoryTraceParams& params, const MemoryConfig& config) {
-  if (config.layers.empty()) return absl::UnimplementedError("output.memory_trace: the model has no memory layers");
+  if (config.layers.empty()) return absl::UnimplementedError("memory_trace: the model has no memory layers");
   if (params.tokens && *params.tokens < 0) return Bad(".tokens", absl::StrCat(*params.tokens, " is not at least 0"));
   if (params.prompt_tokens < 0) return Bad(".prompt_tokens", absl::StrCat(params.prompt_tokens, " is not at least 0"));
   if (params.entries && (*params.entries < 1 || *params.entries > config.mem_knn)) {

@@ -16,7 +16,7 @@ absl::StatusOr<std::unique_ptr<Rank>> Rank::Build(const ModelConfig& config, con
   std::unique_ptr<Rank> rank(new Rank);
   rank->config_ = &config;
   rank->options_ = options;
-  const ModelLimits limits = {.max_tokens = options.max_tokens, .max_positions = options.max_context_tokens};
+  const ModelLimits limits = {.max_tokens = options.max_tokens, .max_positions = options.max_context_tokens, .count_rows = options.count_rows};
   LOAD_OR_RETURN(rank->model_, Transformer::Load(config, shard, checkpoint, limits, loader, workspace, backend));
 
   const int64_t tokens = options.max_tokens;
@@ -56,7 +56,8 @@ absl::StatusOr<std::unique_ptr<Rank>> Rank::Build(const ModelConfig& config, con
   rank->adjusted_ = workspace.Take(std::min(rank->model_->max_logit_rows(), options.max_sequences), config.vocab_size);
   rank->ignored_ = workspace.Take<int32_t>(options.max_sequences, 1);
   rank->logits_ = workspace.Take(rank->model_->max_logit_rows(), config.vocab_size);
-  plan.scratch_bytes = workspace.bytes();
+  plan.count_bytes = rank->model_->count_bytes();
+  plan.scratch_bytes = workspace.bytes() - plan.count_bytes;
 
   for (int layer = 0; layer < config.n_layers; ++layer) {
     kernels::KvPages pages = {.dtype = options.kv_dtype,
@@ -268,6 +269,21 @@ absl::StatusOr<std::vector<float>> Rank::ExecuteForLogits(const Batch& batch, St
     backend_->CopyToHost(all.data() + begin * vocab, logits_, count * vocab * static_cast<int64_t>(sizeof(float)));
   }
   return all;
+}
+
+absl::StatusOr<std::vector<float>> Rank::ReadRows(int64_t table, bool experts, absl::Span<const int32_t> rows) {
+  return model_->ReadRows(*backend_, table, experts, rows);
+}
+
+std::vector<uint32_t> Rank::ReadCounts(int64_t table, int64_t first, int64_t count, bool reset) {
+  uint32_t* const device = model_->value_tables()[table]->counts;
+  MEMSERVE_CHECK(device != nullptr);
+  const int64_t bytes = count * static_cast<int64_t>(sizeof(uint32_t));
+  std::vector<uint32_t> counts(count);
+  backend_->Wait(backend_->Record());
+  backend_->CopyToHost(counts.data(), device + first, bytes);
+  if (reset) backend_->CopyToDevice(device + first, std::vector<uint32_t>(count).data(), bytes);
+  return counts;
 }
 
 StepResult Rank::Collect() {

@@ -24,6 +24,7 @@ struct RankOptions {
   int64_t max_tokens = 0;     // of one step
   int64_t max_sequences = 0;  // of one step
   int64_t max_context_tokens = 0;
+  bool count_rows = true;     // how often each row of the value tables is read
   int loader_threads = 1;
 
   int64_t pages_per_sequence() const { return (max_context_tokens + kv_page_size - 1) / kv_page_size; }
@@ -36,8 +37,9 @@ struct RankPlan {
   int64_t kv_bytes = 0;
   int64_t kv_bytes_per_page = 0;
   int64_t scratch_bytes = 0;
+  int64_t count_bytes = 0;
   std::vector<std::string> unused_tensors;
-  int64_t total() const { return weight_bytes + table_bytes + kv_bytes + scratch_bytes; }
+  int64_t total() const { return weight_bytes + table_bytes + kv_bytes + scratch_bytes + count_bytes; }
 };
 
 // What a rank read.
@@ -66,6 +68,12 @@ class Rank {
   // Runs one batch by itself and gives the logits of its logit tokens, [num_slots, vocab_size]: for parity tests and perplexity.
   // `result`, if given, gets the rest.
   absl::StatusOr<std::vector<float>> ExecuteForLogits(const Batch& batch, StepResult* result = nullptr);
+
+  // See Transformer::ReadRows.
+  absl::StatusOr<std::vector<float>> ReadRows(int64_t table, bool experts, absl::Span<const int32_t> rows);
+  // How often the rows [first, first + count) of a table were read, in all steps that were enqueued; `reset`: they start at 0 again. Of
+  // the first rank, with count_rows.
+  std::vector<uint32_t> ReadCounts(int64_t table, int64_t first, int64_t count, bool reset);
 
   const RankLoaded& loaded() const { return loaded_; }
   const Transformer& model() const { return *model_; }

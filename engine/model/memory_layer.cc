@@ -135,9 +135,10 @@ absl::Status MemoryLayer::Forward(const ForwardContext& context, const MemoryScr
 
   Search(context, scratch, x);
   if (!context.traced_tokens.empty()) Trace(context, scratch);
+  const std::array<int64_t, 2> bags = {tokens, int64_t{memory.mem_heads} * memory.mem_knn};
+  if (table_->counts != nullptr) backend.CountRows({.rows = TensorView<int32_t, 2>(scratch.rows, bags), .counts = {table_->counts, {table_->rows}}});
   if (memory.peer_variant) ScaleByExperts(context, scratch, x);
 
-  const std::array<int64_t, 2> bags = {tokens, int64_t{memory.mem_heads} * memory.mem_knn};
   const kernels::RowStore::Ticket ticket = table_->values->Start(
       {.table = table_->values.get(), .rows = {scratch.rows, bags}, .weights = {scratch.weights, bags}, .out = pooled});
   const TensorView<float, 2> gate(scratch.gate, {tokens, table_->columns.size()});

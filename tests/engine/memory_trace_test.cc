@@ -221,17 +221,17 @@ TEST(MemoryTraceTest, WrongTracesAndTooLargeOnesNameTheLimit) {
     return std::string(Generate(*engine, Request(LongPrompt(30), 20, trace)).finished.status().message());
   };
   const std::string all = std::to_string(knn);
-  EXPECT_EQ(error({.tokens = -1}), "output.memory_trace.tokens: -1 is not at least 0");
-  EXPECT_EQ(error({.prompt_tokens = -5}), "output.memory_trace.prompt_tokens: -5 is not at least 0");
-  EXPECT_EQ(error({.entries = 0}), "output.memory_trace.entries: 0 is not in [1, " + all + "]");
-  EXPECT_EQ(error({.entries = 1000}), "output.memory_trace.entries: 1000 is not in [1, " + all + "]");
-  EXPECT_EQ(error({.layers = {2}}), "output.memory_trace.layers: layer 2 has no memory; these do: 1, 4");
-  EXPECT_EQ(error({.layers = {1, 1, 1}}), "output.memory_trace.layers: has 3 entries; the model has 2 memory layers");
+  EXPECT_EQ(error({.tokens = -1}), "memory_trace.tokens: -1 is not at least 0");
+  EXPECT_EQ(error({.prompt_tokens = -5}), "memory_trace.prompt_tokens: -5 is not at least 0");
+  EXPECT_EQ(error({.entries = 0}), "memory_trace.entries: 0 is not in [1, " + all + "]");
+  EXPECT_EQ(error({.entries = 1000}), "memory_trace.entries: 1000 is not in [1, " + all + "]");
+  EXPECT_EQ(error({.layers = {2}}), "memory_trace.layers: layer 2 has no memory; these do: 1, 4");
+  EXPECT_EQ(error({.layers = {1, 1, 1}}), "memory_trace.layers: has 3 entries; the model has 2 memory layers");
 
   options.max_trace_entries = 10 * of_token + 1;
   engine = Start(options);
   EXPECT_EQ(error({.tokens = 10}), "");
-  EXPECT_EQ(error({.tokens = 11}), "output.memory_trace: 11 tokens of 2 layers, " + std::to_string(heads) + " heads and " + all +
+  EXPECT_EQ(error({.tokens = 11}), "memory_trace: 11 tokens of 2 layers, " + std::to_string(heads) + " heads and " + all +
                                        " entries are " + std::to_string(11 * of_token) + " entries; at most " +
                                        std::to_string(10 * of_token + 1) + " are told of a request (10 tokens)");
   EXPECT_EQ(error({.tokens = 3, .prompt_tokens = 8}), "");
@@ -243,7 +243,7 @@ TEST(MemoryTraceTest, WrongTracesAndTooLargeOnesNameTheLimit) {
   const std::unique_ptr<Engine> dense = Start(ParityOptions(LoadGolden("E").checkpoint));
   const absl::Status status = Generate(*dense, Request({1, 2}, 2, {})).finished.status();
   EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
-  EXPECT_EQ(status.message(), "output.memory_trace: the model has no memory layers");
+  EXPECT_EQ(status.message(), "memory_trace: the model has no memory layers");
 }
 
 }  // namespace
