@@ -22,6 +22,9 @@ int Detokenize(const Options& options);
 int Model(const Options& options);
 int Load(const Options& options);
 int Tables(const Options& options);
+int Rows(const Options& options);
+int RowStats(const Options& options);
+int Trace(const Options& options);
 int Abort(const Options& options);
 
 // One line on stderr.

@@ -39,6 +39,7 @@ constexpr Subcommand kSubcommands[] = {
     {"table_size", "search and gather over tables of 2^14 to 2^20 rows: --heads --half_dim --knn --dim --format", BenchTableSize},
     {"tokenizer", "text to tokens and back of a checkpoint folder: --checkpoint --text_file", BenchTokenizer},
     {"model", "a checkpoint through the engine, --batch streams at once: --checkpoint --prompt --decode", BenchModel},
+    {"counting", "what counting rows costs, two engines side by side: --checkpoint --prompt --decode --batch", BenchCounting},
 };
 
 std::string Usage() {

@@ -18,6 +18,7 @@ void BenchMask();
 void BenchSample();
 void BenchLogits();
 void BenchModel();
+void BenchCounting();
 void BenchTableSize();
 void BenchTokenizer();
 
