@@ -41,6 +41,27 @@ void BenchRowStats() {
   }
 }
 
+// A trace: the bags of an eighth of the tokens.
+void BenchSelectBags() {
+  Bench bench("select_bags");
+  const int64_t bag = ShapeOf(FLAGS_bag, 128);
+  for (int64_t batch : bench.batches()) {
+    const int64_t selected = (batch + 7) / 8;
+    const auto rows = bench.New<int32_t, 2>({batch, bag}, bench.Indices(batch * bag, 1 << 20)), out_rows = bench.New<int32_t, 2>({selected, bag});
+    const auto weights = bench.New<float, 2>({batch, bag}), out_weights = bench.New<float, 2>({selected, bag});
+    const auto tokens = bench.New<int32_t, 1>({selected}, bench.Indices(selected, batch));
+    bench.Report(
+        absl::StrFormat("%d tokens, bag %d", selected, bag), batch, 4.0 * selected * bag * sizeof(int32_t), 0, [](int64_t) {},
+        [&](int64_t) {
+          bench.backend().SelectBags({.tokens = tokens.view,
+                                      .rows = rows.view,
+                                      .weights = weights.view,
+                                      .out_rows = out_rows.view,
+                                      .out_weights = out_weights.view});
+        });
+  }
+}
+
 // As many masked rows as a request may name.
 void BenchMask() {
   Bench bench("mask");

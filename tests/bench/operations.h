@@ -15,6 +15,7 @@ void BenchGather();
 void BenchRowDot();
 void BenchCount();
 void BenchMask();
+void BenchSelectBags();
 void BenchRowStats();
 void BenchSample();
 void BenchLogits();
