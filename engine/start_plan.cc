@@ -82,7 +82,7 @@ absl::Status CheckOptions(const EngineOptions& o, const ModelConfig& config) {
            CheckRange("threads", o.threads, 0, 4096),
            CheckRange("step_depth", o.step_depth, 0, 2),
            CheckRange("tokenizer_threads", o.tokenizer_threads, 1, 256),
-           CheckRange("max_trace_entries", o.max_trace_entries, 0, int64_t{1} << 32),
+           CheckRange("max_trace_entries", o.max_trace_entries, 0, 1 << 24),
            CheckRange("loader_threads", o.loader_threads, 0, 256),
            CheckRange("max_prompt_bytes", o.max_prompt_bytes, 1, bytes),
            CheckRange("devices", static_cast<int64_t>(o.devices.size()), 1, std::min(64, config.n_heads)),

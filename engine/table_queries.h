@@ -57,10 +57,10 @@ absl::Status Validate(const RowStatsRequest& request, const ModelConfig& config)
 // The table that the layer of a valid request reads, by its place among the model's tables.
 int64_t TableOf(std::optional<int32_t> layer, const MemoryConfig& config);
 
-// Goes through a table's counters a slice at a time, so that no step waits for long: a slice is a memory copy and one pass over 1 MiB.
+// Goes through a table's counters a slice at a time, so that no step waits for long: a slice is a memory copy and one pass over 512 KiB.
 class RowStatsScan {
  public:
-  static constexpr int64_t kSliceRows = int64_t{1} << 18;
+  static constexpr int64_t kSliceRows = int64_t{1} << 17;
 
   RowStatsScan(RowStatsRequest request, int64_t table_rows);
 
@@ -70,8 +70,11 @@ class RowStatsScan {
   RowStats Finish();
 
  private:
+  void CutTop();
+
   const RowStatsRequest request_;
-  RowStats stats_;
+  RowStats stats_;       // its top is a list of candidates until the end
+  uint32_t least_ = 0;   // that a row must have been read more than
   int64_t next_row_ = 0;
 };
 

@@ -238,7 +238,7 @@ void CpuBackend::SelectBags(const SelectBagsArgs& args) {
   cpu::SelectBags(args);
 }
 
-void CpuBackend::CountRows(const CountRowsArgs& args) { cpu::CountRows(context_, args); }
+void CpuBackend::CountRows(const CountRowsArgs& args) { cpu::CountRows(args); }
 
 void CpuBackend::EmbeddingBag(const EmbeddingBagArgs& args) { MEMSERVE_CHECK(args.table->Finish(args.table->Start(args)).ok()); }
 
