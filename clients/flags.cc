@@ -95,6 +95,21 @@ Flags::Parse Into(std::vector<std::string>& values) {
   };
 }
 
+Flags::Parse Into(std::vector<double>& values) {
+  return [&values](const std::string& text) {
+    values.clear();
+    const char* at = text.data();
+    const char* const end = at + text.size();
+    while (true) {
+      const auto [after, error] = std::from_chars(at, end, values.emplace_back());
+      if (error != std::errc()) return false;
+      if (after == end) return true;
+      if (*after != ',') return false;
+      at = after + 1;
+    }
+  };
+}
+
 Flags::Parse Into(std::optional<bool>& value) {
   return [&value](const std::string& text) {
     value = ReadSwitch(text);
