@@ -23,6 +23,9 @@ int Model(const Options& options);
 int Load(const Options& options);
 int LoadTest(const Options& options);
 int Tables(const Options& options);
+int Rows(const Options& options);
+int RowStats(const Options& options);
+int Trace(const Options& options);
 int Abort(const Options& options);
 
 // One line on stderr.

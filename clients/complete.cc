@@ -42,7 +42,7 @@ std::optional<v1::GenerateRequest> ToRequestWithPrompt(const Options& options) {
 
 constexpr char kPromptNeeded[] = "give one PROMPT (- reads it from standard input; with --token_ids it is ids such as 1,2,3)";
 
-// Text streams on; ids and logprobs are a line per token.
+// Text streams on; ids and logprobs are a line per token, traces a line per row that fired.
 class Printer {
  public:
   explicit Printer(const Options& options) : options_(options) {}
@@ -50,8 +50,9 @@ class Printer {
   void Print(const v1::GenerateResponse& message) {
     if (options_.json) {
       PrintJson(ToJson(message));
-    } else if (options_.logprobs) {
+    } else if (options_.logprobs || options_.trace) {
       PrintLogprobs(message.delta());
+      for (const v1::TokenTrace& trace : message.delta().memory_traces()) PrintTrace(trace);
     } else if (options_.token_ids) {
       for (const int32_t id : message.delta().token_ids()) std::printf("%d\n", id);
     } else {

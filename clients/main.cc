@@ -25,6 +25,9 @@ Commands:
   model                             what is loaded, and its limits
   load                              what the server is doing right now
   tables                            the value tables of the loaded model
+  rows ROW...                       the values of rows of a value table
+  row-stats [ROW...]                how often rows were read: in all, the top ones, and those given
+  trace PROMPT                      the rows that fire for each token of a prompt: position, token id, layer, memory head, row, weight
   abort REQUEST_ID...               end running or waiting requests
   repeat PROMPT                     stream the same completion again and again and print microseconds a token
   load_test                         many streams at once: throughput, latencies and refusals, a line per point
@@ -37,16 +40,19 @@ Flags of all commands:
 Flags of complete, chat:
   --system=TEXT                     the chat's first message, of the role system
 
-Flags of complete, tokenize, repeat:
+Flags of complete, tokenize, trace, repeat:
   --allow_special                   names of special tokens in the text, such as <|im_end|>, give these tokens (default: text)
 
-Flags of complete, score, tokenize, repeat:
+Flags of complete, score, tokenize, trace, repeat:
   --add_bos=on|off                  put the begin-of-sequence token in front of text (default: on where the tokenizer has one;
                                     of tokenize: off)
 
-Flags of complete, chat, score, repeat:
+Flags of complete, chat, score, trace, repeat:
   --token_ids                       prompts are token ids such as 1,2,3, and complete prints ids instead of text
   --memory=on|off                   whether the memory layers take part (default on)
+  --memory_knn=N                    so many rows for each memory head (default: all that the model reads)
+  --memory_layers=N,...             layers whose memory takes part (default: all that have one)
+  --masked_rows=N,...               rows of the value table that are left out
   --priority=N                      -1000 to 1000, higher goes first (default 0)
   --prefix_cache=on|off             whether prompts that begin alike share what was computed (default on)
   --cache_salt=TEXT                 share only with requests of the same salt
@@ -74,6 +80,18 @@ Flags of complete:
   --chat                            the prompt is a user's message to a chat, written out by the model's template
   --logprobs                        print a line per token: log-probability, id, text (JSON string)
   --top_logprobs=N                  with --json: beside each token so many of the likeliest, at most 20
+
+  --trace                           print a line per row that fired: position, token id, layer, memory head, row, weight
+
+Flags of complete --trace, trace:
+  --trace_entries=N                 the N entries of largest weight of each memory head (default: all)
+  --trace_tokens=N                  of the first N tokens drawn; of trace: of the last N of the prompt (default: all)
+
+Flags of rows, row-stats:
+  --layer=N                         a layer that reads the table (default: the first with memory)
+Flags of row-stats:
+  --top=N                           how many of the rows read most, at most 1000 (default 10)
+  --reset                           count from 0 again after this
 
 Flags of repeat:
   --count=N                         measured streams, after one that warms up (default 10)
@@ -105,6 +123,8 @@ Examples:
   echo "The chemical symbol of gold is" | memserve-client complete --json -
   memserve-client chat --system="You answer in one sentence."
   memserve-client score "The capital of France is" " Paris" " London"
+  memserve-client trace --trace_entries=1 "The capital of Iceland is"
+  memserve-client row-stats --top=20 --reset
   memserve-client --address=127.0.0.1:50052 model
 )";
 
@@ -115,7 +135,7 @@ struct Command {
 
 const std::map<std::string, Command>& Commands() {
   static const auto* const commands = new std::map<std::string, Command>{
-      {"complete", {Complete, {"all", "bos", "special", "ids", "prompt", "generate", "stats", "system", "complete"}}},
+      {"complete", {Complete, {"all", "bos", "special", "ids", "prompt", "generate", "stats", "system", "complete", "trace"}}},
       {"chat", {Chat, {"all", "prompt", "generate", "stats", "system"}}},
       {"score", {Score, {"all", "bos", "ids", "prompt"}}},
       {"tokenize", {Tokenize, {"all", "bos", "special"}}},
@@ -123,6 +143,9 @@ const std::map<std::string, Command>& Commands() {
       {"model", {Model, {"all"}}},
       {"load", {Load, {"all"}}},
       {"tables", {Tables, {"all"}}},
+      {"rows", {Rows, {"all", "table"}}},
+      {"row-stats", {RowStats, {"all", "table", "row-stats"}}},
+      {"trace", {Trace, {"all", "bos", "special", "ids", "prompt", "trace"}}},
       {"abort", {Abort, {"all"}}},
       {"load_test", {LoadTest, {"all", "prompt", "generate", "load_test"}}},
       {"repeat", {Repeat, {"all", "bos", "special", "ids", "prompt", "generate", "repeat"}}},
@@ -145,6 +168,15 @@ std::optional<std::string> ReadCommandLine(int argc, char** argv, Options& optio
   flags.AddSwitch("allow_special", "special", options.allow_special);
   flags.AddSwitch("token_ids", "ids", options.token_ids);
   flags.Add("memory", "prompt", "on or off", Into(options.memory));
+  flags.Add("memory_knn", "prompt", "a whole number", Into(options.memory_knn));
+  flags.Add("memory_layers", "prompt", "layers such as 6,12,18", Into(options.memory_layers));
+  flags.Add("masked_rows", "prompt", "rows such as 17,1000", Into(options.masked_rows));
+  flags.AddSwitch("trace", "complete", options.trace);
+  flags.Add("trace_entries", "trace", "a whole number", Into(options.trace_entries));
+  flags.Add("trace_tokens", "trace", "a whole number", Into(options.trace_tokens));
+  flags.Add("layer", "table", "a whole number", Into(options.layer));
+  flags.Add("top", "row-stats", "a whole number", Into(options.top));
+  flags.AddSwitch("reset", "row-stats", options.reset);
   flags.Add("priority", "prompt", "a whole number", Into(options.priority));
   flags.Add("prefix_cache", "prompt", "on or off", Into(options.prefix_cache));
   flags.Add("cache_salt", "prompt", "text", Into(options.cache_salt));

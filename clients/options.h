@@ -22,6 +22,8 @@ struct Options {
   std::string model;
   std::string request_id;
   std::optional<bool> memory;
+  std::optional<int32_t> memory_knn;
+  std::vector<int32_t> memory_layers, masked_rows;
   std::optional<int32_t> priority;
   std::optional<bool> prefix_cache;
   std::string cache_salt;
@@ -37,6 +39,12 @@ struct Options {
   std::optional<bool> ignore_eos;
 
   bool logprobs = false;
+  bool trace = false;                    // complete: the rows that fired
+  std::optional<int32_t> trace_entries;  // and of trace: for each memory head
+  std::optional<int32_t> trace_tokens;   // and of trace: so many
+
+  std::optional<int32_t> layer, top;     // of rows, row-stats
+  bool reset = false;
   bool stats = false;
 
   std::optional<int32_t> count;  // of repeat

@@ -60,6 +60,22 @@ bool SetText(const Options& options, const std::string& word, auto& message) {
   return true;
 }
 
+// The command's words are row numbers.
+bool SetRows(const Options& options, auto& request) {
+  v1::TokenIds rows;
+  for (const std::string& word : options.words) {
+    if (!ParseIds(word, rows)) return false;
+  }
+  request.mutable_rows()->Swap(rows.mutable_ids());
+  return true;
+}
+
+void PrintRow(int32_t row, const char* what, const auto& values) {
+  std::printf("%d\t%s", row, what);
+  for (int i = 0; i < values.size(); ++i) std::printf("%s%.9g", i == 0 ? "" : " ", values.Get(i));
+  std::puts("");
+}
+
 }  // namespace
 
 int Score(const Options& options) {
@@ -73,7 +89,7 @@ int Score(const Options& options) {
   if (!options.request_id.empty()) request.set_request_id(options.request_id);
   if (!options.model.empty()) request.set_model(options.model);
   if (options.add_bos) request.set_add_bos(*options.add_bos);
-  if (options.memory) request.mutable_memory()->set_enabled(*options.memory);
+  *request.mutable_memory() = ToMemory(options);
   *request.mutable_scheduling() = ToScheduling(options);
 
   v1::ScoreResponse response;
@@ -119,7 +135,54 @@ int Detokenize(const Options& options) {
 
 int Model(const Options& options) { return AskAndPrintFields(options, ConnectInference(options), &v1::Inference::Stub::GetModel); }
 int Load(const Options& options) { return AskAndPrintFields(options, ConnectInference(options), &v1::Inference::Stub::GetLoad); }
-int Tables(const Options& options) { return AskAndPrintFields(options, ConnectMemory(options), &v1::Memory::Stub::ListTables); }
+int Tables(const Options& options) { return AskAndPrintFields(options, ConnectMemory(options), &v1::Memory::Stub::GetTable); }
+
+int Rows(const Options& options) {
+  v1::GetRowsRequest request;
+  if (!SetRows(options, request) || request.rows().empty()) return UsageError("give at least one ROW");
+  if (options.layer) request.set_layer(*options.layer);
+  v1::GetRowsResponse response;
+  const grpc::Status status = Ask(options, ConnectMemory(options), &v1::Memory::Stub::GetRows, request, response);
+  for (int i = 0; !options.json && i < response.rows_size(); ++i) {
+    const v1::TableRow& row = response.rows(i);
+    PrintRow(row.row(), "", row.values());
+    if (!row.experts().empty()) PrintRow(row.row(), "experts\t", row.experts());
+  }
+  return ExitStatus(status);
+}
+
+int RowStats(const Options& options) {
+  v1::RowStatsRequest request;
+  if (!SetRows(options, request)) return UsageError("the words of row-stats are ROWs");
+  if (options.layer) request.set_layer(*options.layer);
+  if (options.top) request.set_top(*options.top);
+  if (options.reset) request.set_reset(true);
+  v1::RowStatsResponse response;
+  const grpc::Status status = Ask(options, ConnectMemory(options), &v1::Memory::Stub::RowStats, request, response);
+  if (!status.ok() || options.json) return ExitStatus(status);
+  std::printf("reads: %llu\ndistinct_rows: %lld of %lld\nsince_seconds: %.3f\n", static_cast<unsigned long long>(response.reads()),
+              static_cast<long long>(response.distinct_rows()), static_cast<long long>(response.table_rows()), response.since_seconds());
+  for (const v1::RowCount& row : response.top()) std::printf("top\t%d\t%u\n", row.row(), row.count());
+  for (const v1::RowCount& row : response.rows()) std::printf("row\t%d\t%u\n", row.row(), row.count());
+  return ExitStatus(status);
+}
+
+int Trace(const Options& options) {
+  v1::TraceRequest request;
+  if (options.words.size() != 1 || !SetText(options, options.words[0], request)) return UsageError("give one PROMPT");
+  if (!options.request_id.empty()) request.set_request_id(options.request_id);
+  if (!options.model.empty()) request.set_model(options.model);
+  if (options.add_bos) request.set_add_bos(*options.add_bos);
+  if (options.allow_special) request.set_allow_special(true);
+  *request.mutable_memory() = ToMemory(options);
+  *request.mutable_scheduling() = ToScheduling(options);
+  if (options.trace_entries) request.mutable_memory_trace()->set_entries(*options.trace_entries);
+  if (options.trace_tokens) request.mutable_memory_trace()->set_prompt_tokens(*options.trace_tokens);
+  v1::TraceResponse response;
+  const grpc::Status status = Ask(options, ConnectMemory(options), &v1::Memory::Stub::Trace, request, response);
+  for (int i = 0; !options.json && i < response.tokens_size(); ++i) PrintTrace(response.tokens(i));
+  return ExitStatus(status);
+}
 
 int Abort(const Options& options) {
   if (options.words.empty()) return UsageError("give at least one REQUEST_ID");

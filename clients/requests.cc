@@ -103,6 +103,24 @@ v1::SchedulingParams ToScheduling(const Options& options) {
   return scheduling;
 }
 
+v1::MemoryParams ToMemory(const Options& options) {
+  v1::MemoryParams memory;
+  if (options.memory) memory.set_enabled(*options.memory);
+  if (options.memory_knn) memory.set_knn(*options.memory_knn);
+  memory.mutable_layers()->Assign(options.memory_layers.begin(), options.memory_layers.end());
+  memory.mutable_masked_rows()->Assign(options.masked_rows.begin(), options.masked_rows.end());
+  return memory;
+}
+
+void PrintTrace(const v1::TokenTrace& trace) {
+  for (const v1::LayerTrace& layer : trace.layers()) {
+    for (int i = 0; i < layer.rows_size(); ++i) {
+      std::printf("%d\t%d\t%d\t%d\t%d\t%.6f\n", trace.position(), trace.token_id(), layer.layer(), layer.heads(i), layer.rows(i),
+                  layer.weights(i));
+    }
+  }
+}
+
 v1::GenerateRequest ToGenerateRequest(const Options& options) {
   v1::GenerateRequest request;
   if (!options.request_id.empty()) request.set_request_id(options.request_id);
@@ -129,7 +147,12 @@ v1::GenerateRequest ToGenerateRequest(const Options& options) {
     request.mutable_output()->set_logprobs(true);
     request.mutable_output()->set_token_bytes(true);
   }
-  if (options.memory) request.mutable_memory()->set_enabled(*options.memory);
+  if (options.trace) {
+    v1::MemoryTraceParams& trace = *request.mutable_output()->mutable_memory_trace();
+    if (options.trace_entries) trace.set_entries(*options.trace_entries);
+    if (options.trace_tokens) trace.set_tokens(*options.trace_tokens);
+  }
+  *request.mutable_memory() = ToMemory(options);
   *request.mutable_scheduling() = ToScheduling(options);
   return request;
 }

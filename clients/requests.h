@@ -17,6 +17,10 @@ bool ParseIds(const std::string& text, v1::TokenIds& ids);
 // All of the request but its prompt.
 v1::GenerateRequest ToGenerateRequest(const Options& options);
 v1::SchedulingParams ToScheduling(const Options& options);
+v1::MemoryParams ToMemory(const Options& options);
+
+// A line for each row that fired: position, token id, layer, memory head, row, weight.
+void PrintTrace(const v1::TokenTrace& trace);
 
 // Field names as in the proto; optional fields only if set; bytes in base64.
 nlohmann::ordered_json ToJson(const google::protobuf::Message& message);

@@ -13,6 +13,7 @@ namespace memserve::engine {
 
 // Limits of what one sequence asks for in a step (validate.h holds requests to them).
 inline constexpr int64_t kMaxTopLogprobs = 20;
+inline constexpr size_t kMaxMaskedRows = 1024;
 inline constexpr int64_t kMaxBiasedTokens = 1024;                        // by logit_bias, and as many banned
 inline constexpr int64_t kMostBiasEntries = 2 * kMaxBiasedTokens + 256;  // those, and the ids that stop
 
@@ -27,9 +28,17 @@ struct Batch {
   std::vector<int64_t> kv_slots;    // where its key and value go: page · page_size + place in it
 
   // One entry for each sequence.  [num_sequences]
-  std::vector<int32_t> memory_knn;  // rows per memory head: mem_knn, or 0 with the memory off
+  std::vector<int32_t> memory_knn;  // rows per memory head: 1 … mem_knn, or 0 with the memory off
+  std::vector<int32_t> masked_end;  // where its rows end in masked_rows
   int64_t pages_per_sequence = 0;
   std::vector<int32_t> block_tables;  // [num_sequences, pages_per_sequence], -1 beyond a sequence's pages
+
+  // Of all sequences.
+  std::vector<int32_t> layers_off;   // pairs of sequence and memory layer (its place among them) that is off for it
+  std::vector<int32_t> masked_rows;  // value table rows that are left out: a sequence's after those of the one before, ascending
+
+  // Tokens whose memory reads are told: index of the token.  [num_traced]
+  std::vector<int32_t> traced_tokens;
 
   // One entry for each token that wants logits: first those that sample, then those that are scored.  [num_slots]
   std::vector<int32_t> logit_tokens;               // index of the token
@@ -48,6 +57,7 @@ struct Batch {
   int64_t num_sequences() const { return static_cast<int64_t>(memory_knn.size()); }
   int64_t num_slots() const { return static_cast<int64_t>(logit_tokens.size()); }
   int64_t num_sampled() const { return static_cast<int64_t>(sampling.size()); }
+  int64_t num_traced() const { return static_cast<int64_t>(traced_tokens.size()); }
   int64_t num_adjusted() const { return static_cast<int64_t>(adjustments.size()); }
   int64_t most_top_logprobs() const { return top_logprobs.empty() ? 0 : *std::max_element(top_logprobs.begin(), top_logprobs.end()); }
 };
@@ -60,6 +70,8 @@ struct StepResult {
   std::vector<float> top_logprobs;     // beside top_tokens
   std::vector<float> score_logprobs;   // [slots that are scored]
   std::vector<int32_t> score_greedy;   // [slots that are scored]: 1 where the target is the first choice
+  std::vector<int32_t> trace_rows;     // [memory layers, num_traced, mem_heads, mem_knn], -1 for none: fewer are kept, masked, off
+  std::vector<float> trace_weights;    // beside trace_rows
 };
 
 }  // namespace memserve::engine

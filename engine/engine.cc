@@ -41,6 +41,7 @@ struct ScoreState {
 namespace {
 
 constexpr int kOutputThreads = 1;  // more would not keep a stream's deltas in order
+constexpr size_t kMaxTasks = 64;   // questions about value tables that wait
 // Of a model faster than this tokens are handed over a few at a time: a reader notices nothing, and the engine wakes nobody at each.
 constexpr std::chrono::microseconds kOutputRest{300};
 
@@ -80,6 +81,12 @@ ModelInfo Describe(const EngineOptions& options, const CheckpointFolder& loaded,
     for (int64_t extent : tensor.shape) parameters *= extent;
     info.trunk_parameters += parameters;
   }
+  if (!config.memory.layers.empty()) {
+    info.memory_layers = config.memory.layers;
+    info.memory_rows = config.memory.rows();
+    info.mem_heads = config.memory.mem_heads;
+    info.mem_knn = config.memory.mem_knn;
+  }
   for (const auto& table : executor.first_rank().model().value_tables()) {
     ValueTableInfo held = {.name = table->tensor,
                            .layers = table->layers,
@@ -113,10 +120,10 @@ ModelInfo Describe(const EngineOptions& options, const CheckpointFolder& loaded,
 }
 
 void LogPlan(const StartPlan& plan) {
-  spdlog::info("plan: weights {}, value tables {} (held once), KV cache {} ({} pages of {} tokens), scratch {}: {} of {} available",
+  spdlog::info("plan: weights {}, value tables {} (held once), KV cache {} ({} pages of {} tokens), scratch {}, row counts {}: {} of {} available",
                FormatBytes(plan.Sum(&RankPlan::weight_bytes)), FormatBytes(plan.Sum(&RankPlan::table_bytes)),
                FormatBytes(plan.Sum(&RankPlan::kv_bytes)), plan.executor.rank.kv_pages, plan.executor.rank.kv_page_size,
-               FormatBytes(plan.Sum(&RankPlan::scratch_bytes)), FormatBytes(plan.total()), FormatBytes(plan.available_bytes));
+               FormatBytes(plan.Sum(&RankPlan::scratch_bytes)), FormatBytes(plan.Sum(&RankPlan::count_bytes)), FormatBytes(plan.total()), FormatBytes(plan.available_bytes));
   const std::vector<std::string>& unused = plan.ranks.front().unused_tensors;
   if (unused.empty()) return;
   const size_t shown = std::min<size_t>(unused.size(), 5);
@@ -172,9 +179,11 @@ class EngineImpl final : public Engine {
                .max_context_tokens = info_.max_context_tokens,
                .max_prompt_bytes = options_.max_prompt_bytes,
                .has_tokenizer = tokenizer_ != nullptr,
-               .chat_template = chat_template_.status()};
+               .chat_template = chat_template_.status(),
+               .memory = config_.memory};
     output_ = std::make_unique<WorkQueue>(kOutputThreads, kOutputRest);
     tokenizing_ = std::make_unique<WorkQueue>(options_.tokenizer_threads);
+    counted_since_.assign(info_.value_tables.size(), absl::Now());
     UpdateLoad();
     thread_ = std::thread([this] { Run(); });
   }
@@ -202,6 +211,8 @@ class EngineImpl final : public Engine {
                 std::function<void(absl::StatusOr<std::vector<int32_t>>)> callback) override;
   void Detokenize(std::vector<int32_t> token_ids, bool keep_special,
                   std::function<void(absl::StatusOr<std::string>)> callback) override;
+  void ReadRows(ReadRowsRequest request, std::function<void(absl::StatusOr<TableRows>)> callback) override;
+  void CountRows(RowStatsRequest request, std::function<void(absl::StatusOr<RowStats>)> callback) override;
   const ModelInfo& model() const override { return info_; }
   Load load() const override {
     kernels::MutexLock lock(mutex_);
@@ -218,7 +229,14 @@ class EngineImpl final : public Engine {
   void Drain(absl::Duration limit) override;
 
  private:
+  // Something for the engine thread to do between two steps.
+  struct Task {
+    std::function<bool()> run;                       // in short; true: run again after the next step
+    std::function<void(const absl::Status&)> refuse;  // instead, if it cannot be run
+  };
+
   // --- any thread
+  void AddTask(Task task);
   // A control block under the request's id, or why the request cannot be taken.
   absl::StatusOr<std::shared_ptr<RequestControl>> Register(std::string id, absl::Time deadline);
   void Unregister(const std::string& id);
@@ -235,11 +253,12 @@ class EngineImpl final : public Engine {
                                                                         std::shared_ptr<RequestControl> control, ScoreCallback callback);
   absl::Status CheckFits(const Sequence& sequence) const;
   absl::Status CheckAdmission(int64_t prompt_tokens, absl::Time deadline) const;
-  std::shared_ptr<const std::string> ChainRoot(const SchedulingParams& scheduling, int32_t memory_knn, const std::string& id) const;
+  std::shared_ptr<const std::string> ChainRoot(const SchedulingParams& scheduling, const SequenceMemory& memory, const std::string& id) const;
 
   // --- engine thread
   void Run();
   bool TakeInbox();  // false: stopping, and nothing is left
+  void RunTask();
   void EndMarked(absl::Time now);
   void Collect();
   void OnDrawn(const std::shared_ptr<Sequence>& sequence, const StepResult& result, size_t slot, absl::Time now);
@@ -276,11 +295,13 @@ class EngineImpl final : public Engine {
   absl::Time step_begin_;
   // What this step gives the output thread: one task for all.
   std::vector<std::function<void()>> outputs_;
+  std::vector<absl::Time> counted_since_;  // of each value table
 
   mutable kernels::Mutex mutex_;
   kernels::CondVar wake_;     // the engine thread waits for work
   kernels::CondVar drained_;  // Drain waits for the registry to empty
   std::vector<std::shared_ptr<Sequence>> inbox_ ABSL_GUARDED_BY(mutex_);
+  std::deque<Task> tasks_ ABSL_GUARDED_BY(mutex_);
   int64_t ended_requests_ ABSL_GUARDED_BY(mutex_) = 0;
   absl::flat_hash_map<std::string, std::shared_ptr<RequestControl>> registry_ ABSL_GUARDED_BY(mutex_);
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
@@ -422,6 +443,65 @@ void EngineImpl::Detokenize(std::vector<int32_t> token_ids, bool keep_special,
   });
 }
 
+void EngineImpl::AddTask(Task task) {
+  absl::Status refused;
+  {
+    kernels::MutexLock lock(mutex_);
+    if (!failure_.ok()) {
+      refused = absl::UnavailableError(failure_.message());
+    } else if (stopping_) {
+      refused = absl::UnavailableError("the server is stopping");
+    } else if (tasks_.size() >= kMaxTasks) {
+      refused = TryLater(absl::StrCat(tasks_.size(), " questions about value tables wait; no more are taken"), absl::Seconds(1));
+    } else {
+      tasks_.push_back(std::move(task));
+      wake_.NotifyAll();
+      return;
+    }
+  }
+  output_->Add([refuse = std::move(task.refuse), refused] { refuse(refused); });
+}
+
+void EngineImpl::ReadRows(ReadRowsRequest request, std::function<void(absl::StatusOr<TableRows>)> callback) {
+  if (absl::Status s = Validate(request, config_); !s.ok()) return output_->Add([callback, s] { callback(s); });
+  AddTask({.run =
+               [this, request = std::move(request), callback] {
+                 const int64_t table = TableOf(request.layer, config_.memory);
+                 absl::StatusOr<TableRows> rows = TableRows{.dim = config_.value_dim()};
+                 for (const bool experts : {false, true}) {
+                   if (!rows.ok() || (experts && !config_.memory.peer_variant)) continue;
+                   absl::StatusOr<std::vector<float>> values = executor_->ReadRows(table, experts, request.rows);
+                   if (!values.ok()) rows = values.status();
+                   else (experts ? rows->experts : rows->values) = *std::move(values);
+                 }
+                 outputs_.push_back([callback, rows = std::move(rows)]() mutable { callback(std::move(rows)); });
+                 return false;
+               },
+           .refuse = callback});
+}
+
+void EngineImpl::CountRows(RowStatsRequest request, std::function<void(absl::StatusOr<RowStats>)> callback) {
+  absl::Status status = Validate(request, config_);
+  if (status.ok() && !options_.count_rows) status = absl::UnimplementedError("this server counts no rows (--count_rows=false)");
+  if (!status.ok()) return output_->Add([callback, status] { callback(status); });
+  const int64_t table = TableOf(request.layer, config_.memory);
+  auto scan = std::make_shared<RowStatsScan>(request, config_.memory.rows());
+  AddTask({.run =
+               [this, table, scan, reset = request.reset, callback] {
+                 if (scan->next_rows() > 0) {
+                   scan->Add(executor_->ReadCounts(table, scan->next_row(), scan->next_rows(), reset));
+                   if (scan->next_rows() > 0) return true;
+                 }
+                 RowStats stats = scan->Finish();
+                 const absl::Time now = absl::Now();
+                 stats.since = now - counted_since_[table];
+                 if (reset) counted_since_[table] = now;
+                 outputs_.push_back([callback, stats = std::move(stats)]() mutable { callback(std::move(stats)); });
+                 return false;
+               },
+           .refuse = callback});
+}
+
 void EngineImpl::Drain(absl::Duration limit) {
   const absl::Time until = absl::Now() + limit;
   {
@@ -496,10 +576,10 @@ absl::Status EngineImpl::CheckAdmission(int64_t prompt_tokens, absl::Time deadli
 
 // What keys and values depend on beside the tokens, and whose they are. A request that keeps out of the cache has a root of its own: its
 // own sequences still share their prompt.
-std::shared_ptr<const std::string> EngineImpl::ChainRoot(const SchedulingParams& scheduling, int32_t memory_knn,
+std::shared_ptr<const std::string> EngineImpl::ChainRoot(const SchedulingParams& scheduling, const SequenceMemory& memory,
                                                          const std::string& id) const {
   if (!scheduling.prefix_cache) return std::make_shared<const std::string>(absl::StrCat("request ", id, " ", absl::Hex(RandomBits())));
-  return std::make_shared<const std::string>(absl::StrCat("knn ", memory_knn, " salt ", scheduling.cache_salt));
+  return std::make_shared<const std::string>(absl::StrCat(memory.Key(), " salt ", scheduling.cache_salt));
 }
 
 absl::StatusOr<std::shared_ptr<Sequence>> EngineImpl::BuildSequence(const GenerateRequest& request,
@@ -529,11 +609,14 @@ absl::StatusOr<std::shared_ptr<Sequence>> EngineImpl::BuildSequence(const Genera
   s.top_k = request.sampling.top_k.value_or(generation_.top_k.value_or(0));
   s.top_p = request.sampling.top_p.value_or(generation_.top_p.value_or(1.0f));
   s.seed = request.sampling.seed.has_value() ? *request.sampling.seed : RandomBits();
-  s.memory_knn = request.memory.enabled ? config_.memory.mem_knn : 0;
+  s.memory = Resolve(request.memory, config_.memory);
   s.rules = LogitRules::New(request.sampling, s.temperature, s.stop_ids, request.stop.min_tokens, config_.vocab_size);
   s.top_logprobs = request.top_logprobs;
+  if (request.memory_trace) {
+    LOAD_OR_RETURN(s.trace, Resolve(*request.memory_trace, config_.memory, s.prompt_tokens, s.max_draws, options_.max_trace_entries));
+  }
   s.priority = request.scheduling.priority;
-  s.chain.root = ChainRoot(request.scheduling, s.memory_knn, control->id);
+  s.chain.root = ChainRoot(request.scheduling, s.memory, control->id);
   if (absl::Status status = CheckFits(s); !status.ok()) return status;
   if (absl::Status status = CheckAdmission(s.prompt_tokens, request.deadline); !status.ok()) return status;
 
@@ -561,8 +644,8 @@ absl::StatusOr<std::vector<std::shared_ptr<Sequence>>> EngineImpl::BuildSequence
   state->remaining = static_cast<int>(request.continuations.size());
   state->result.usage.prompt_tokens = static_cast<int32_t>(context.size());
   std::vector<std::shared_ptr<Sequence>> sequences;
-  const int32_t memory_knn = request.memory.enabled ? config_.memory.mem_knn : 0;
-  const std::shared_ptr<const std::string> root = ChainRoot(request.scheduling, memory_knn, control->id);
+  const SequenceMemory memory = Resolve(request.memory, config_.memory);
+  const std::shared_ptr<const std::string> root = ChainRoot(request.scheduling, memory, control->id);
   int64_t all_tokens = static_cast<int64_t>(context.size());
   for (size_t i = 0; i < request.continuations.size(); ++i) {
     auto sequence = std::make_shared<Sequence>();
@@ -577,7 +660,7 @@ absl::StatusOr<std::vector<std::shared_ptr<Sequence>>> EngineImpl::BuildSequence
                                                      " tokens; this server accepts ", limits_.max_context_tokens));
     }
     s.prompt_tokens = static_cast<int64_t>(s.tokens.size());
-    s.memory_knn = memory_knn;
+    s.memory = memory;
     s.priority = request.scheduling.priority;
     s.chain.root = root;
     if (i > 0) s.leader = sequences.front();
@@ -599,6 +682,7 @@ absl::StatusOr<std::vector<std::shared_ptr<Sequence>>> EngineImpl::BuildSequence
 void EngineImpl::Run() {
   while (TakeInbox()) {
     step_begin_ = absl::Now();
+    RunTask();
     EndMarked(step_begin_);
     while (static_cast<int>(in_flight_.size()) < step_depth_) {
       StepPlan plan = scheduler_.Schedule(steps_, step_begin_, step_times_.PrefillLimit());
@@ -625,13 +709,33 @@ bool EngineImpl::TakeInbox() {
   {
     kernels::MutexLock lock(mutex_);
     const bool idle = scheduler_.running() + scheduler_.waiting() == 0 && in_flight_.empty();
-    while (idle && inbox_.empty() && !stopping_) wake_.Wait(mutex_);
-    if (idle && inbox_.empty()) return false;
+    while (idle && inbox_.empty() && tasks_.empty() && !stopping_) wake_.Wait(mutex_);
+    if (idle && inbox_.empty() && tasks_.empty()) return false;
     arrived.swap(inbox_);
     inbox_tokens_ = 0;
   }
   for (std::shared_ptr<Sequence>& sequence : arrived) scheduler_.Add(std::move(sequence));
   return true;
+}
+
+// One, so that no step waits for long. A task that goes on keeps its place: what it looks at is not changed by another in between.
+void EngineImpl::RunTask() {
+  Task task;
+  absl::Status failure;
+  {
+    kernels::MutexLock lock(mutex_);
+    if (tasks_.empty()) return;
+    task = std::move(tasks_.front());
+    tasks_.pop_front();
+    failure = failure_;
+  }
+  if (!failure.ok()) {
+    outputs_.push_back([refuse = std::move(task.refuse), failure] { refuse(absl::UnavailableError(failure.message())); });
+    return;
+  }
+  if (!task.run()) return;
+  kernels::MutexLock lock(mutex_);
+  tasks_.push_front(std::move(task));
 }
 
 absl::Status EngineImpl::EndStatus(const RequestControl& control) const {
@@ -672,6 +776,14 @@ void EngineImpl::Collect() {
   collected_ = now;
   step_times_.Add(plan.decodes, plan.batch.num_tokens() - plan.decodes, last_step_);
   prompt_tokens_ += plan.prompt_tokens;
+  for (size_t i = 0; i < plan.traced.size(); ++i) {
+    const auto& [sequence, position] = plan.traced[i];
+    if (sequence->ended) continue;
+    TokenTrace trace = TraceOf(*result, static_cast<int64_t>(i), plan.batch.num_traced(), sequence->trace, config_.memory);
+    trace.position = static_cast<int32_t>(position);
+    trace.token_id = sequence->tokens[position];
+    sequence->trace.Add(std::move(trace));
+  }
   for (size_t i = 0; i < plan.sampled.size(); ++i) {
     if (!plan.sampled[i]->ended) OnDrawn(plan.sampled[i], *result, i, now);
   }
@@ -693,10 +805,12 @@ void EngineImpl::OnDrawn(const std::shared_ptr<Sequence>& sequence, const StepRe
   const int32_t token = result.tokens[slot];
   ++completion_tokens_;
   if (s.first_token == absl::InfiniteFuture()) s.first_token = now;
+  std::vector<TokenTrace> traces = s.trace.TakeBefore(static_cast<int64_t>(s.tokens.size()));
   s.tokens.push_back(token);
   const bool stops = std::find(s.stop_ids.begin(), s.stop_ids.end(), token) != s.stop_ids.end();
-  outputs_.push_back([output = s.output, token, logprob = result.logprobs[slot], stops, top = TopLogprobsOf(result, slot, s.top_logprobs)]() mutable {
-    output->OnToken(token, logprob, std::move(top), !stops);
+  outputs_.push_back([output = s.output, token, logprob = result.logprobs[slot], stops, top = TopLogprobsOf(result, slot, s.top_logprobs),
+                      traces = std::move(traces)]() mutable {
+    output->OnToken(token, logprob, std::move(top), std::move(traces), !stops);
   });
   const bool full = static_cast<int64_t>(s.tokens.size()) - s.prompt_tokens >= s.max_draws;
   if (!stops && !full) return;

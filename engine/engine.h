@@ -16,6 +16,7 @@
 #include "absl/time/time.h"
 #include "engine/options.h"
 #include "engine/request.h"
+#include "engine/table_queries.h"
 
 namespace memserve::engine {
 
@@ -41,6 +42,10 @@ struct ModelInfo {
   int n_kv_heads = 0;
   int64_t trunk_parameters = 0;
   std::vector<ValueTableInfo> value_tables;
+  std::vector<int> memory_layers;
+  int64_t memory_rows = 0;  // of each table
+  int mem_heads = 0;        // 0 without memory layers, as mem_knn
+  int mem_knn = 0;
   std::vector<int32_t> eos_token_ids;
   std::optional<int32_t> bos_token_id;
   std::string tokenizer;  // "sentencepiece", "bpe", "tiktoken", "bytes", "none"
@@ -94,6 +99,11 @@ class Engine {
                         std::function<void(absl::StatusOr<std::vector<int32_t>>)> callback) = 0;
   virtual void Detokenize(std::vector<int32_t> token_ids, bool keep_special,
                           std::function<void(absl::StatusOr<std::string>)> callback) = 0;
+
+  // Between two steps; the callback gets INVALID_ARGUMENT, UNIMPLEMENTED (no memory, or rows are not counted), RESOURCE_EXHAUSTED (too many
+  // such questions wait) or UNAVAILABLE (device failed). RowStats takes a few steps for each million rows.
+  virtual void ReadRows(ReadRowsRequest request, std::function<void(absl::StatusOr<TableRows>)> callback) = 0;
+  virtual void CountRows(RowStatsRequest request, std::function<void(absl::StatusOr<RowStats>)> callback) = 0;
 
   virtual const ModelInfo& model() const = 0;
   virtual Load load() const = 0;

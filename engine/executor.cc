@@ -58,7 +58,7 @@ Executor::~Executor() {
 void Executor::Send(Task task, std::shared_ptr<const Batch> batch) {
   for (const std::unique_ptr<Follower>& follower : followers_) {
     kernels::MutexLock lock(follower->mutex);
-    follower->mailbox.push_back({task, batch});
+    follower->mailbox.push_back({task, batch, nullptr});
     follower->changed.NotifyOne();
   }
 }
@@ -77,6 +77,7 @@ void Executor::Follow(Follower& follower, Rank& rank) {
     if (mail.task == Task::kStop) return;
     if (mail.task == Task::kLaunch) status = rank.Execute(*mail.batch);
     if (mail.task == Task::kCollect) rank.Collect();
+    if (mail.task == Task::kCall) mail.call(rank);
     if (mail.task == Task::kLogits) status = rank.ExecuteForLogits(*mail.batch).status();
     if (status.ok()) continue;
     rank.collective()->Abort();
@@ -84,6 +85,42 @@ void Executor::Follow(Follower& follower, Rank& rank) {
     follower.status = status;
     return;
   }
+}
+
+void Executor::OnEachRank(const std::function<void(size_t index, Rank& rank)>& call) {
+  kernels::Mutex mutex;
+  kernels::CondVar changed;
+  size_t left = followers_.size();
+  for (size_t f = 0; f < followers_.size(); ++f) {
+    kernels::MutexLock lock(followers_[f]->mutex);
+    followers_[f]->mailbox.push_back({Task::kCall, nullptr, [&, f](Rank& rank) {
+                                        call(f + 1, rank);
+                                        kernels::MutexLock done(mutex);
+                                        --left;
+                                        changed.NotifyOne();
+                                      }});
+    followers_[f]->changed.NotifyOne();
+  }
+  call(0, *ranks_.front());
+  kernels::MutexLock lock(mutex);
+  while (left > 0) changed.Wait(mutex);
+}
+
+absl::StatusOr<std::vector<float>> Executor::ReadRows(int64_t table, bool experts, const std::vector<int32_t>& rows) {
+  std::vector<absl::StatusOr<std::vector<float>>> parts(ranks_.size());
+  OnEachRank([&](size_t r, Rank& rank) { parts[r] = rank.ReadRows(table, experts, rows); });
+  const std::vector<int64_t>& widths = first_rank().model().value_tables()[table]->widths;
+  std::vector<float> joined;
+  for (const auto& part : parts) {
+    if (!part.ok()) return part.status();
+  }
+  for (size_t i = 0; i < rows.size(); ++i) {
+    for (size_t r = 0; r < parts.size(); ++r) {
+      const auto begin = parts[r]->begin() + static_cast<int64_t>(i) * widths[r];
+      joined.insert(joined.end(), begin, begin + widths[r]);
+    }
+  }
+  return joined;
 }
 
 absl::Status Executor::FollowerStatus() {
@@ -108,9 +145,9 @@ absl::StatusOr<StepResult> Executor::Collect() {
   return result;
 }
 
-absl::StatusOr<std::vector<float>> Executor::ExecuteForLogits(const Batch& batch, MemoryTrace* trace) {
+absl::StatusOr<std::vector<float>> Executor::ExecuteForLogits(const Batch& batch, StepResult* result) {
   if (!followers_.empty()) Send(Task::kLogits, std::make_shared<const Batch>(batch));
-  absl::StatusOr<std::vector<float>> logits = ranks_.front()->ExecuteForLogits(batch, trace);
+  absl::StatusOr<std::vector<float>> logits = ranks_.front()->ExecuteForLogits(batch, result);
   if (!logits.ok() && !followers_.empty()) ranks_.front()->collective()->Abort();
   return logits;
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <deque>
+#include <functional>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -33,17 +34,25 @@ class Executor {
   absl::Status Launch(const Batch& batch);
   // The results of the oldest step in flight.
   absl::StatusOr<StepResult> Collect();
-  // One batch by itself; logits of its logit tokens, [num_slots, vocab_size]. `trace`, if given, gets the rows that fired.
-  absl::StatusOr<std::vector<float>> ExecuteForLogits(const Batch& batch, MemoryTrace* trace = nullptr);
+  // One batch by itself; logits of its logit tokens, [num_slots, vocab_size]. `result`, if given, gets the rest.
+  absl::StatusOr<std::vector<float>> ExecuteForLogits(const Batch& batch, StepResult* result = nullptr);
+
+  // Rows of a value table in float, the columns of all ranks joined: [rows.size(), dim]. Between steps: it takes their scratch.
+  absl::StatusOr<std::vector<float>> ReadRows(int64_t table, bool experts, const std::vector<int32_t>& rows);
+  // See Rank::ReadCounts.
+  std::vector<uint32_t> ReadCounts(int64_t table, int64_t first, int64_t count, bool reset) {
+    return ranks_.front()->ReadCounts(table, first, count, reset);
+  }
 
   const Rank& first_rank() const { return *ranks_.front(); }
   const std::vector<std::unique_ptr<Rank>>& ranks() const { return ranks_; }
 
  private:
-  enum class Task { kLaunch, kCollect, kLogits, kStop };
+  enum class Task { kLaunch, kCollect, kLogits, kCall, kStop };
   struct Mail {
     Task task;
     std::shared_ptr<const Batch> batch;
+    std::function<void(Rank&)> call;
   };
   // A rank on a thread of its own.
   struct Follower {
@@ -56,6 +65,8 @@ class Executor {
 
   Executor() = default;
   void Send(Task task, std::shared_ptr<const Batch> batch);
+  // Calls with every rank, on its own thread, behind what was launched; returns when all have returned. Ranks come in no order.
+  void OnEachRank(const std::function<void(size_t index, Rank& rank)>& call);
   void Follow(Follower& follower, Rank& rank);
   absl::Status FollowerStatus();
 

@@ -28,6 +28,8 @@ struct EngineOptions {
   int max_waiting = 1024;            // requests; more are refused
   int64_t max_waiting_tokens = 1 << 20;  // of prompts that wait, beyond the first of them; more are refused
   int64_t max_prompt_bytes = 1 << 20;  // of text, checked before it is tokenised
+  bool count_rows = true;            // how often each row of the value tables is read: 4 bytes a row
+  int64_t max_trace_entries = 1 << 17;   // of memory reads that one request may be told (12 bytes each)
   int step_depth = 0;                // steps in flight, 1 or 2; 0: what suits the back end (cpu: 1)
   int tokenizer_threads = 1;
   int loader_threads = 0;            // 0: one per core, at most 8

@@ -14,7 +14,7 @@ OutputStream::OutputStream(OutputOptions options, std::shared_ptr<RequestControl
   if (options_.tokenizer != nullptr) detokenizer_.emplace(*options_.tokenizer, options_.starts_text, /*keep_special=*/false);
 }
 
-void OutputStream::OnToken(int32_t id, float logprob, std::vector<TokenLogprob> top, bool shown) {
+void OutputStream::OnToken(int32_t id, float logprob, std::vector<TokenLogprob> top, std::vector<TokenTrace> traces, bool shown) {
   if (matcher_.matched()) return;  // drawn before the engine heard of the stop
   ++completion_tokens_;
   Delta delta;
@@ -25,6 +25,7 @@ void OutputStream::OnToken(int32_t id, float logprob, std::vector<TokenLogprob> 
   delta.token_ids = {id};
   if (options_.logprobs) delta.logprobs = {logprob};
   if (!top.empty()) delta.top_logprobs = {std::move(top)};
+  delta.memory_traces = std::move(traces);
   if (options_.token_bytes) delta.token_bytes = {options_.tokenizer == nullptr ? "" : options_.tokenizer->TokenBytes(id)};
   if (matcher_.matched()) control_->stop_matched = true;
   listener_->OnDelta(std::move(delta));

@@ -40,7 +40,7 @@ class OutputStream {
                std::function<void()> on_ended);
 
   // One token that was drawn. `shown` is false for a token that stops: it has no text.
-  void OnToken(int32_t id, float logprob, std::vector<TokenLogprob> top, bool shown);
+  void OnToken(int32_t id, float logprob, std::vector<TokenLogprob> top, std::vector<TokenTrace> traces, bool shown);
   void OnEnd(const EngineEnd& end);
 
  private:

@@ -16,18 +16,22 @@ absl::StatusOr<std::unique_ptr<Rank>> Rank::Build(const ModelConfig& config, con
   std::unique_ptr<Rank> rank(new Rank);
   rank->config_ = &config;
   rank->options_ = options;
-  const ModelLimits limits = {.max_tokens = options.max_tokens, .max_positions = options.max_context_tokens};
+  const ModelLimits limits = {.max_tokens = options.max_tokens, .max_positions = options.max_context_tokens, .count_rows = options.count_rows};
   LOAD_OR_RETURN(rank->model_, Transformer::Load(config, shard, checkpoint, limits, loader, workspace, backend));
 
   const int64_t tokens = options.max_tokens;
+  const int64_t trace_entries = static_cast<int64_t>(config.memory.layers.size()) * config.memory.mem_heads * config.memory.mem_knn;
   for (StepArrays& set : rank->arrays_) {
     set.token_ids = workspace.Take<int32_t>(tokens, 1);
     set.from_slot = workspace.Take<int32_t>(tokens, 1);
     set.positions = workspace.Take<int32_t>(tokens, 1);
     set.sequence = workspace.Take<int32_t>(tokens, 1);
-    set.memory_knn = workspace.Take<int32_t>(tokens, 1);
+    set.memory_knn = workspace.Take<int32_t>(std::max<int64_t>(1, static_cast<int64_t>(config.memory.layers.size())), tokens);
     set.kv_slots = workspace.Take<int64_t>(tokens, 1);
     set.block_tables = workspace.Take<int32_t>(options.max_sequences, options.pages_per_sequence());
+    set.traced_tokens = workspace.Take<int32_t>(tokens, 1);
+    set.trace_rows = workspace.Take<int32_t>(tokens, trace_entries);
+    set.trace_weights = workspace.Take(tokens, trace_entries);
     set.logit_tokens = workspace.Take<int32_t>(tokens, 1);
     set.sampling = workspace.Take<kernels::SamplingSlot>(tokens, 1);
     set.score_targets = workspace.Take<int32_t>(tokens, 1);
@@ -43,6 +47,8 @@ absl::StatusOr<std::unique_ptr<Rank>> Rank::Build(const ModelConfig& config, con
     set.bias_tokens = workspace.Take<int32_t>(sequences, kMostBiasEntries);
     set.bias_values = workspace.Take(sequences, kMostBiasEntries);
     set.masks = workspace.Take<uint32_t>(sequences, (config.vocab_size + 31) / 32);
+    set.masked_end = workspace.Take<int32_t>(sequences, 1);
+    set.masked_rows = workspace.Take<int32_t>(sequences, static_cast<int64_t>(kMaxMaskedRows));
     set.top_counts = workspace.Take<int32_t>(sequences, 1);
     set.top_tokens = workspace.Take<int32_t>(sequences, kMaxTopLogprobs);
     set.top_logprobs = workspace.Take(sequences, kMaxTopLogprobs);
@@ -50,7 +56,8 @@ absl::StatusOr<std::unique_ptr<Rank>> Rank::Build(const ModelConfig& config, con
   rank->adjusted_ = workspace.Take(std::min(rank->model_->max_logit_rows(), options.max_sequences), config.vocab_size);
   rank->ignored_ = workspace.Take<int32_t>(options.max_sequences, 1);
   rank->logits_ = workspace.Take(rank->model_->max_logit_rows(), config.vocab_size);
-  plan.scratch_bytes = workspace.bytes();
+  plan.count_bytes = rank->model_->count_bytes();
+  plan.scratch_bytes = workspace.bytes() - plan.count_bytes;
 
   for (int layer = 0; layer < config.n_layers; ++layer) {
     kernels::KvPages pages = {.dtype = options.kv_dtype,
@@ -103,18 +110,40 @@ absl::StatusOr<std::unique_ptr<Rank>> Rank::Load(const ModelConfig& config, cons
   return rank;
 }
 
+// Fills token_knn_: each token's rows per memory head, in all memory layers alike or in each. Returns which layers any token uses.
+std::vector<bool> Rank::SpreadKnn(const Batch& batch) {
+  const int64_t tokens = batch.num_tokens(), layers = static_cast<int64_t>(config_->memory.layers.size());
+  const int64_t rows = batch.layers_off.empty() ? 1 : layers;
+  token_knn_.resize(rows * tokens);
+  std::vector<bool> memory_on(layers);
+  std::vector<int32_t> knn;  // [num_sequences]
+  for (int64_t m = 0; m < rows; ++m) {
+    knn = batch.memory_knn;
+    for (size_t i = 0; i < batch.layers_off.size(); i += 2) {
+      if (batch.layers_off[i + 1] == m) knn[batch.layers_off[i]] = 0;
+    }
+    for (int64_t t = 0; t < tokens; ++t) token_knn_[m * tokens + t] = knn[batch.sequence[t]];
+    const bool on = std::any_of(knn.begin(), knn.end(), [](int32_t rows_of) { return rows_of > 0; });
+    if (rows == layers) memory_on[m] = on;
+    else memory_on.assign(layers, on);
+  }
+  return memory_on;
+}
+
 ForwardContext Rank::CopyToDevice(const Batch& batch, const StepArrays& arrays) {
   const auto copy = [this](auto* device, const auto& host) {
     static_assert(sizeof(*device) == sizeof(host[0]));
     if (!host.empty()) backend_->CopyToDevice(device, host.data(), static_cast<int64_t>(host.size() * sizeof(host[0])));
   };
-  token_knn_.resize(batch.num_tokens());
-  for (int64_t t = 0; t < batch.num_tokens(); ++t) token_knn_[t] = batch.memory_knn[batch.sequence[t]];
+  std::vector<bool> memory_on = SpreadKnn(batch);
   copy(arrays.token_ids, batch.token_ids);
   copy(arrays.from_slot, batch.from_slot);
   copy(arrays.positions, batch.positions);
   copy(arrays.sequence, batch.sequence);
   copy(arrays.memory_knn, token_knn_);
+  copy(arrays.masked_rows, batch.masked_rows);
+  if (!batch.masked_rows.empty()) copy(arrays.masked_end, batch.masked_end);
+  copy(arrays.traced_tokens, batch.traced_tokens);
   copy(arrays.kv_slots, batch.kv_slots);
   copy(arrays.block_tables, batch.block_tables);
   copy(arrays.logit_tokens, batch.logit_tokens);
@@ -134,8 +163,14 @@ ForwardContext Rank::CopyToDevice(const Batch& batch, const StepArrays& arrays) 
           .positions = {arrays.positions, {tokens}},
           .sequence = {arrays.sequence, {tokens}},
           .kv_slots = {arrays.kv_slots, {tokens}},
-          .memory_knn = {arrays.memory_knn, {tokens}},
-          .block_tables = {arrays.block_tables, {batch.num_sequences(), batch.pages_per_sequence}}};
+          .memory_knn = {arrays.memory_knn, {static_cast<int64_t>(token_knn_.size()) / std::max<int64_t>(1, tokens), tokens}},
+          .memory_on = std::move(memory_on),
+          .masked_end = {arrays.masked_end, {static_cast<int64_t>(batch.masked_end.size())}},
+          .masked_rows = {arrays.masked_rows, {static_cast<int64_t>(batch.masked_rows.size())}},
+          .block_tables = {arrays.block_tables, {batch.num_sequences(), batch.pages_per_sequence}},
+          .traced_tokens = {arrays.traced_tokens, {batch.num_traced()}},
+          .trace_rows = arrays.trace_rows,
+          .trace_weights = arrays.trace_weights};
 }
 
 // Logits in slices that fit their buffer; a slice holds slots of one kind: adjusted, sampled as they are, or scored.
@@ -195,15 +230,15 @@ void Rank::SampleAdjusted(const Batch& batch, const StepArrays& arrays, int64_t 
                           .is_greedy = {ignored_, {count}}});
 }
 
-absl::Status Rank::Execute(const Batch& batch, MemoryTrace* trace) {
+absl::Status Rank::Execute(const Batch& batch) {
   MEMSERVE_CHECK(in_flight_.size() < 2);
   MEMSERVE_CHECK(batch.num_tokens() <= options_.max_tokens && batch.num_sequences() <= options_.max_sequences);
+  MEMSERVE_CHECK(batch.masked_rows.size() <= batch.masked_end.size() * kMaxMaskedRows);
   MEMSERVE_CHECK(batch.pages_per_sequence <= options_.pages_per_sequence());
   const int set = next_set_;
   next_set_ = 1 - next_set_;
   const StepArrays& arrays = arrays_[set];
-  ForwardContext context = CopyToDevice(batch, arrays);
-  context.trace = trace;
+  const ForwardContext context = CopyToDevice(batch, arrays);
   const TokenInput input = {.token_ids = {arrays.token_ids, {batch.num_tokens()}},
                             .from_slot = {arrays.from_slot, {batch.num_tokens()}},
                             .sampled = {arrays_[1 - set].sampled, {options_.max_tokens}}};
@@ -212,16 +247,18 @@ absl::Status Rank::Execute(const Batch& batch, MemoryTrace* trace) {
   in_flight_.push_back({.num_sampled = batch.num_sampled(),
                         .num_scored = batch.num_slots() - batch.num_sampled(),
                         .most_top_logprobs = batch.most_top_logprobs(),
+                        .num_traced = batch.num_traced(),
                         .set = set,
                         .event = backend_->Record()});
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::vector<float>> Rank::ExecuteForLogits(const Batch& batch, MemoryTrace* trace) {
+absl::StatusOr<std::vector<float>> Rank::ExecuteForLogits(const Batch& batch, StepResult* result) {
   MEMSERVE_CHECK(in_flight_.empty());
-  if (absl::Status s = Execute(batch, trace); !s.ok()) return s;
+  if (absl::Status s = Execute(batch); !s.ok()) return s;
   const StepArrays& arrays = arrays_[in_flight_.front().set];
-  Collect();
+  StepResult collected = Collect();
+  if (result != nullptr) *result = std::move(collected);
   const int64_t vocab = config_->vocab_size;
   const ForwardContext context = {.backend = backend_.get(), .collective = collective_.get(), .num_tokens = batch.num_tokens()};
   std::vector<float> all(batch.num_slots() * vocab);
@@ -232,6 +269,21 @@ absl::StatusOr<std::vector<float>> Rank::ExecuteForLogits(const Batch& batch, Me
     backend_->CopyToHost(all.data() + begin * vocab, logits_, count * vocab * static_cast<int64_t>(sizeof(float)));
   }
   return all;
+}
+
+absl::StatusOr<std::vector<float>> Rank::ReadRows(int64_t table, bool experts, absl::Span<const int32_t> rows) {
+  return model_->ReadRows(*backend_, table, experts, rows);
+}
+
+std::vector<uint32_t> Rank::ReadCounts(int64_t table, int64_t first, int64_t count, bool reset) {
+  uint32_t* const device = model_->value_tables()[table]->counts;
+  MEMSERVE_CHECK(device != nullptr);
+  const int64_t bytes = count * static_cast<int64_t>(sizeof(uint32_t));
+  std::vector<uint32_t> counts(count);
+  backend_->Wait(backend_->Record());
+  backend_->CopyToHost(counts.data(), device + first, bytes);
+  if (reset) backend_->CopyToDevice(device + first, std::vector<uint32_t>(count).data(), bytes);
+  return counts;
 }
 
 StepResult Rank::Collect() {
@@ -251,6 +303,10 @@ StepResult Rank::Collect() {
   copy(result.top_logprobs, arrays.top_logprobs, step.num_sampled * step.most_top_logprobs);
   copy(result.score_logprobs, arrays.score_logprobs, step.num_scored);
   copy(result.score_greedy, arrays.score_greedy, step.num_scored);
+  const MemoryConfig& memory = config_->memory;
+  const int64_t traced = step.num_traced * static_cast<int64_t>(memory.layers.size()) * memory.mem_heads * memory.mem_knn;
+  copy(result.trace_rows, arrays.trace_rows, traced);
+  copy(result.trace_weights, arrays.trace_weights, traced);
   return result;
 }
 

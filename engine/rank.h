@@ -24,6 +24,7 @@ struct RankOptions {
   int64_t max_tokens = 0;     // of one step
   int64_t max_sequences = 0;  // of one step
   int64_t max_context_tokens = 0;
+  bool count_rows = true;     // how often each row of the value tables is read
   int loader_threads = 1;
 
   int64_t pages_per_sequence() const { return (max_context_tokens + kv_page_size - 1) / kv_page_size; }
@@ -36,8 +37,9 @@ struct RankPlan {
   int64_t kv_bytes = 0;
   int64_t kv_bytes_per_page = 0;
   int64_t scratch_bytes = 0;
+  int64_t count_bytes = 0;
   std::vector<std::string> unused_tensors;
-  int64_t total() const { return weight_bytes + table_bytes + kv_bytes + scratch_bytes; }
+  int64_t total() const { return weight_bytes + table_bytes + kv_bytes + scratch_bytes + count_bytes; }
 };
 
 // What a rank read.
@@ -59,12 +61,19 @@ class Rank {
                                                     std::unique_ptr<kernels::Collective> collective);
 
   // Enqueues a step. Up to two may be in flight; token ids of the second may refer to what the first samples.
-  absl::Status Execute(const Batch& batch, MemoryTrace* trace = nullptr);
+  absl::Status Execute(const Batch& batch);
   // Waits for the oldest step in flight and takes its results.
   StepResult Collect();
 
   // Runs one batch by itself and gives the logits of its logit tokens, [num_slots, vocab_size]: for parity tests and perplexity.
-  absl::StatusOr<std::vector<float>> ExecuteForLogits(const Batch& batch, MemoryTrace* trace = nullptr);
+  // `result`, if given, gets the rest.
+  absl::StatusOr<std::vector<float>> ExecuteForLogits(const Batch& batch, StepResult* result = nullptr);
+
+  // See Transformer::ReadRows.
+  absl::StatusOr<std::vector<float>> ReadRows(int64_t table, bool experts, absl::Span<const int32_t> rows);
+  // How often the rows [first, first + count) of a table were read, in all steps that were enqueued; `reset`: they start at 0 again. Of
+  // the first rank, with count_rows.
+  std::vector<uint32_t> ReadCounts(int64_t table, int64_t first, int64_t count, bool reset);
 
   const RankLoaded& loaded() const { return loaded_; }
   const Transformer& model() const { return *model_; }
@@ -74,20 +83,21 @@ class Rank {
  private:
   // Device arrays of one step. Two sets, used in turn.
   struct StepArrays {
-    int32_t *token_ids, *from_slot, *positions, *sequence, *memory_knn, *block_tables, *logit_tokens, *score_targets;
+    int32_t *token_ids, *from_slot, *positions, *sequence, *memory_knn, *masked_end, *masked_rows, *block_tables, *traced_tokens, *logit_tokens, *score_targets;
     int64_t* kv_slots;
     kernels::SamplingSlot* sampling;
     kernels::LogitAdjustment* adjustments;
     int32_t *seen_tokens, *seen_counts, *bias_tokens, *top_counts;
     float* bias_values;
     uint32_t* masks;
-    int32_t *sampled, *score_greedy, *top_tokens;     // out
-    float *logprobs, *score_logprobs, *top_logprobs;  // out
+    int32_t *sampled, *score_greedy, *top_tokens, *trace_rows;        // out
+    float *logprobs, *score_logprobs, *top_logprobs, *trace_weights;  // out
   };
   struct InFlight {
     int64_t num_sampled;
     int64_t num_scored;
     int64_t most_top_logprobs;
+    int64_t num_traced;
     int set;
     kernels::Backend::Event event;
   };
@@ -97,6 +107,7 @@ class Rank {
   static absl::StatusOr<std::unique_ptr<Rank>> Build(const ModelConfig& config, const Shard& shard, const Checkpoint& checkpoint,
                                                      const RankOptions& options, WeightLoader& loader, Workspace& workspace,
                                                      kernels::Backend* backend, RankPlan& plan);
+  std::vector<bool> SpreadKnn(const Batch& batch);
   ForwardContext CopyToDevice(const Batch& batch, const StepArrays& arrays);
   void SampleAndScore(const ForwardContext& context, const Batch& batch, const StepArrays& arrays);
   void SampleAdjusted(const Batch& batch, const StepArrays& arrays, int64_t begin, kernels::TensorView<const float, 2> logits);
@@ -115,7 +126,7 @@ class Rank {
   int32_t* ignored_ = nullptr;  // [max_sequences]
   int next_set_ = 0;
   std::vector<InFlight> in_flight_;
-  std::vector<int32_t> token_knn_;  // host, scratch of CopyToDevice
+  std::vector<int32_t> token_knn_;  // host, scratch of CopyToDevice: [memory layers or 1, num_tokens]
 };
 
 }  // namespace memserve::engine

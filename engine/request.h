@@ -56,7 +56,18 @@ struct StopParams {
 
 // What the memory layers do for one sequence.
 struct MemoryMode {
-  bool enabled = true;  // off: they add nothing to the residual stream
+  bool enabled = true;               // off: they add nothing to the residual stream
+  std::optional<int32_t> knn;        // [1, mem_knn]: so many rows for each memory head; unset: mem_knn
+  std::vector<int32_t> layers;       // of the model, whose memory is on; empty: all that have one
+  std::vector<int32_t> masked_rows;  // at most 1024: left out of the sums of all layers, the other weights stay as they are
+};
+
+// Which reads of the value tables are told. Those of a token are the ones of the forward pass that it was drawn from.
+struct MemoryTraceParams {
+  std::optional<int32_t> tokens;   // >= 0: of the first so many that are drawn; unset: of all, as far as the server's limit goes
+  int32_t prompt_tokens = 0;       // >= 0: and of the last so many positions of the prompt
+  std::optional<int32_t> entries;  // [1, mem_knn]: of each memory head, largest weights first; unset: all
+  std::vector<int32_t> layers;     // of the model; empty: all that have memory
 };
 
 // Where a request stands among the others.
@@ -77,6 +88,7 @@ struct GenerateRequest {
   bool logprobs = false;
   int32_t top_logprobs = 0;  // beside each token so many of the likeliest; at most 20
   bool token_bytes = false;
+  std::optional<MemoryTraceParams> memory_trace;
   SchedulingParams scheduling;
   absl::Time deadline = absl::InfiniteFuture();
 };
@@ -96,12 +108,28 @@ struct TokenLogprob {
   float logprob = 0;
 };
 
+// The rows that a token read in one memory layer: one entry for each read, by head, largest weight first.
+struct LayerTrace {
+  int32_t layer = 0;  // of the model
+  std::vector<int32_t> heads;
+  std::vector<int32_t> rows;
+  std::vector<float> weights;
+};
+
+// Of the forward pass that ran the token at `position`: the next token was drawn from it.
+struct TokenTrace {
+  int32_t position = 0;
+  int32_t token_id = 0;
+  std::vector<LayerTrace> layers;
+};
+
 struct Delta {
   std::string text;  // whole UTF-8 characters; may be empty while text is held back
   std::vector<int32_t> token_ids;
   std::vector<float> logprobs;           // beside token_ids, if asked for
   std::vector<std::string> token_bytes;  // beside token_ids, if asked for
   std::vector<std::vector<TokenLogprob>> top_logprobs;  // beside token_ids, if asked for: likeliest first
+  std::vector<TokenTrace> memory_traces;  // if asked for: up to the pass that the last of token_ids was drawn from
 };
 
 enum class FinishReason { kStop, kLength };

@@ -182,7 +182,7 @@ void Scheduler::PlanTokens(const Planned& planned, int64_t step, absl::Time now,
   Sequence& s = *planned.sequence;
   Batch& batch = plan.batch;
   const auto row = static_cast<int32_t>(batch.num_sequences());
-  batch.memory_knn.push_back(s.memory_knn);
+  s.memory.AddTo(batch);
   const size_t table = batch.block_tables.size();
   batch.block_tables.resize(table + batch.pages_per_sequence, -1);
   std::copy(s.pages.begin(), s.pages.end(), batch.block_tables.begin() + static_cast<int64_t>(table));
@@ -198,6 +198,10 @@ void Scheduler::PlanTokens(const Planned& planned, int64_t step, absl::Time now,
     batch.sequence.push_back(row);
     batch.kv_slots.push_back(s.pages[position / cache_.page_size()] * cache_.page_size() + position % cache_.page_size());
     const auto token = static_cast<int32_t>(batch.num_tokens() - 1);
+    if (s.trace.Wants(position)) {
+      batch.traced_tokens.push_back(token);
+      plan.traced.push_back({planned.sequence, position});
+    }
     if (s.scores() && position + 1 >= s.score_begin + s.scored_planned) {
       batch.logit_tokens.push_back(token);
       batch.score_targets.push_back(s.tokens[position + 1]);

@@ -28,6 +28,11 @@ struct StepPlan {
   Batch batch;
   std::vector<std::shared_ptr<Sequence>> sampled;  // [slots that sample]
   std::vector<std::shared_ptr<Sequence>> scored;   // [slots that are scored]
+  struct Traced {
+    std::shared_ptr<Sequence> sequence;
+    int64_t position;
+  };
+  std::vector<Traced> traced;                      // beside batch.traced_tokens
   int64_t prompt_tokens = 0;                       // in this batch
   int64_t decodes = 0;                             // sequences that add one token
 };

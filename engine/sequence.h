@@ -11,6 +11,8 @@
 #include "absl/time/time.h"
 #include "engine/kv_cache.h"
 #include "engine/logit_rules.h"
+#include "engine/memory_mode.h"
+#include "engine/memory_trace.h"
 #include "engine/request.h"
 #include "kernels/sampling.h"
 
@@ -44,7 +46,8 @@ struct Sequence {
   int32_t top_k = 0;
   float top_p = 1;
   uint64_t seed = 0;
-  int32_t memory_knn = 0;
+  SequenceMemory memory;
+  SequenceTrace trace;
   std::unique_ptr<LogitRules> rules;  // null: the logits stay as they are
   int32_t top_logprobs = 0;
 
@@ -76,7 +79,9 @@ struct Sequence {
 
   bool scores() const { return score_begin > 0; }
   // Tokens that may be taken from the cache: the rest is wanted for its logits.
-  int64_t cacheable_tokens() const { return scores() ? score_begin - 1 + scored_planned : static_cast<int64_t>(tokens.size()) - 1; }
+  int64_t cacheable_tokens() const {
+    return trace.Cacheable(scores() ? score_begin - 1 + scored_planned : static_cast<int64_t>(tokens.size()) - 1);
+  }
   // Tokens that the followers of a leader share with it.
   int64_t shared_tokens() const { return scores() ? score_begin - 1 : prompt_tokens - 1; }
   // Tokens whose keys and values are ever needed: all, but for the last one scored or drawn.

@@ -82,6 +82,7 @@ absl::Status CheckOptions(const EngineOptions& o, const ModelConfig& config) {
            CheckRange("threads", o.threads, 0, 4096),
            CheckRange("step_depth", o.step_depth, 0, 2),
            CheckRange("tokenizer_threads", o.tokenizer_threads, 1, 256),
+           CheckRange("max_trace_entries", o.max_trace_entries, 0, int64_t{1} << 32),
            CheckRange("loader_threads", o.loader_threads, 0, 256),
            CheckRange("max_prompt_bytes", o.max_prompt_bytes, 1, bytes),
            CheckRange("devices", static_cast<int64_t>(o.devices.size()), 1, std::min(64, config.n_heads)),
@@ -131,7 +132,8 @@ absl::StatusOr<int64_t> ResolveKvPages(const EngineOptions& options, const Start
 std::string Parts(const StartPlan& plan) {
   return absl::StrCat("weights ", FormatBytes(plan.Sum(&RankPlan::weight_bytes)), ", value tables ",
                       FormatBytes(plan.Sum(&RankPlan::table_bytes)), ", KV cache ", FormatBytes(plan.Sum(&RankPlan::kv_bytes)),
-                      ", scratch ", FormatBytes(plan.Sum(&RankPlan::scratch_bytes)));
+                      ", scratch ", FormatBytes(plan.Sum(&RankPlan::scratch_bytes)), ", row counts ",
+                      FormatBytes(plan.Sum(&RankPlan::count_bytes)));
 }
 
 // "…; --kv_cache_bytes=N would fit", where something would.
@@ -206,6 +208,7 @@ absl::StatusOr<StartPlan> MakeStartPlan(const EngineOptions& options, const Mode
   rank.max_context_tokens = options.max_context_tokens > 0 ? options.max_context_tokens : config.max_seqlen;
   rank.max_tokens = options.max_batch_tokens;
   rank.max_sequences = std::min(options.max_sequences, options.max_batch_tokens);
+  rank.count_rows = options.count_rows;
   rank.loader_threads = options.loader_threads > 0 ? options.loader_threads : std::min(8, cores);
   plan.available_bytes = options.memory_limit_bytes > 0 ? options.memory_limit_bytes : AvailableMemory();
 

@@ -162,8 +162,11 @@ absl::Status CheckScheduling(const SchedulingParams& scheduling) {
 absl::Status Validate(const GenerateRequest& request, const RequestLimits& limits) {
   for (const absl::Status& status : {CheckId(request.id), CheckPrompt("prompt", request.prompt, limits), CheckSampling(request.sampling),
                                      CheckLogitChanges(request.sampling, limits), CheckStop(request.stop, limits),
-                                     CheckScheduling(request.scheduling)}) {
+                                     CheckScheduling(request.scheduling), Validate(request.memory, limits.memory)}) {
     if (!status.ok()) return status;
+  }
+  if (request.memory_trace) {
+    if (absl::Status s = Validate(*request.memory_trace, limits.memory); !s.ok()) return s;
   }
   if (request.top_logprobs < 0 || request.top_logprobs > std::min<int64_t>(kMaxTopLogprobs, limits.vocab_size)) {
     return Bad("top_logprobs", absl::StrCat(request.top_logprobs, " is not in [0, ", std::min<int64_t>(kMaxTopLogprobs, limits.vocab_size), "]"));
@@ -175,6 +178,7 @@ absl::Status Validate(const ScoreRequest& request, const RequestLimits& limits) 
   if (absl::Status s = CheckId(request.id); !s.ok()) return s;
   if (absl::Status s = CheckPrompt("context", request.context, limits); !s.ok()) return s;
   if (absl::Status s = CheckScheduling(request.scheduling); !s.ok()) return s;
+  if (absl::Status s = Validate(request.memory, limits.memory); !s.ok()) return s;
   if (request.continuations.empty() || request.continuations.size() > kMaxContinuations) {
     return Bad("continuations", absl::StrCat("has ", request.continuations.size(), " entries; 1 to ", kMaxContinuations, " are accepted"));
   }

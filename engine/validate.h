@@ -4,6 +4,8 @@
 #include "absl/status/status.h"
 #include "engine/batch.h"
 #include "engine/engine.h"
+#include "engine/memory_mode.h"
+#include "engine/memory_trace.h"
 #include "engine/request.h"
 
 namespace memserve::engine {
@@ -24,6 +26,7 @@ struct RequestLimits {
   int64_t max_prompt_bytes = 0;
   bool has_tokenizer = false;
   absl::Status chat_template;  // not OK: why there is none
+  MemoryConfig memory;         // no layers: the model has no memory
 };
 
 // All but the number of tokens of a text, which is known later.

@@ -19,6 +19,7 @@
 #include "kernels/attention.h"
 #include "kernels/embedding.h"
 #include "kernels/embedding_bag.h"
+#include "kernels/found_rows.h"
 #include "kernels/gates.h"
 #include "kernels/layer_norm.h"
 #include "kernels/logit_adjustment.h"
@@ -79,6 +80,9 @@ class Backend {
   virtual void SiluProduct(const SiluProductArgs& args) = 0;
   virtual void SigmoidGate(const SigmoidGateArgs& args) = 0;
   virtual void ProductKeySearch(const ProductKeySearchArgs& args) = 0;
+  virtual void MaskRows(const MaskRowsArgs& args) = 0;
+  virtual void SelectBags(const SelectBagsArgs& args) = 0;
+  virtual void CountRows(const CountRowsArgs& args) = 0;
   // Start and Finish of the table in one call.
   virtual void EmbeddingBag(const EmbeddingBagArgs& args) = 0;
   virtual void RowDot(const RowDotArgs& args) = 0;

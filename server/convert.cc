@@ -8,6 +8,7 @@
 #include "absl/random/random.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "engine/retry_after.h"
@@ -83,7 +84,22 @@ engine::StopParams ToStop(const v1::StopParams& params) {
   return stop;
 }
 
-engine::MemoryMode ToMemoryMode(const v1::MemoryParams& params) { return {.enabled = !params.has_enabled() || params.enabled()}; }
+engine::MemoryMode ToMemoryMode(const v1::MemoryParams& params) {
+  engine::MemoryMode mode = {.enabled = !params.has_enabled() || params.enabled()};
+  if (params.has_knn()) mode.knn = params.knn();
+  mode.layers.assign(params.layers().begin(), params.layers().end());
+  mode.masked_rows.assign(params.masked_rows().begin(), params.masked_rows().end());
+  return mode;
+}
+
+engine::MemoryTraceParams ToMemoryTrace(const v1::MemoryTraceParams& params) {
+  engine::MemoryTraceParams trace;
+  if (params.has_tokens()) trace.tokens = params.tokens();
+  trace.prompt_tokens = params.prompt_tokens();
+  if (params.has_entries()) trace.entries = params.entries();
+  trace.layers.assign(params.layers().begin(), params.layers().end());
+  return trace;
+}
 
 engine::SchedulingParams ToScheduling(const v1::SchedulingParams& params) {
   return {.priority = params.priority(),
@@ -138,6 +154,7 @@ absl::StatusOr<engine::GenerateRequest> ToEngine(const v1::GenerateRequest& requ
   result.logprobs = request.output().logprobs();
   result.token_bytes = request.output().token_bytes();
   result.top_logprobs = request.output().top_logprobs();
+  if (request.output().has_memory_trace()) result.memory_trace = ToMemoryTrace(request.output().memory_trace());
   result.deadline = deadline;
   return result;
 }
@@ -174,6 +191,21 @@ void Join(engine::Delta delta, v1::Delta& waiting) {
       to.add_logprobs(logprob);
     }
   }
+  for (const engine::TokenTrace& trace : delta.memory_traces) *waiting.add_memory_traces() = ToProto(trace);
+}
+
+v1::TokenTrace ToProto(const engine::TokenTrace& trace) {
+  v1::TokenTrace result;
+  result.set_position(trace.position);
+  result.set_token_id(trace.token_id);
+  for (const engine::LayerTrace& layer : trace.layers) {
+    v1::LayerTrace& to = *result.add_layers();
+    to.set_layer(layer.layer);
+    to.mutable_heads()->Assign(layer.heads.begin(), layer.heads.end());
+    to.mutable_rows()->Assign(layer.rows.begin(), layer.rows.end());
+    to.mutable_weights()->Assign(layer.weights.begin(), layer.weights.end());
+  }
+  return result;
 }
 
 v1::Finished ToProto(engine::Finished finished, const std::string& request_id) {
@@ -219,6 +251,10 @@ v1::GetModelResponse ToProto(const engine::ModelInfo& model) {
   if (model.bos_token_id.has_value()) response.set_bos_token_id(*model.bos_token_id);
   response.set_tokenizer(model.tokenizer);
   response.set_chat(model.chat);
+  response.mutable_memory_layers()->Assign(model.memory_layers.begin(), model.memory_layers.end());
+  response.set_memory_rows(model.memory_rows);
+  response.set_mem_heads(model.mem_heads);
+  response.set_mem_knn(model.mem_knn);
   response.set_backend(model.backend);
   response.set_isa(model.isa);
   response.set_weight_dtype(model.weight_dtype);
@@ -250,10 +286,84 @@ v1::GetLoadResponse ToProto(const engine::Load& load) {
   return response;
 }
 
-v1::ListTablesResponse TablesToProto(const engine::ModelInfo& model) {
-  v1::ListTablesResponse response;
-  for (const engine::ValueTableInfo& table : model.value_tables) *response.add_tables() = ToProto(table);
+absl::StatusOr<v1::GetTableResponse> ToTables(const v1::GetTableRequest& request, const engine::ModelInfo& model) {
+  if (model.memory_layers.empty()) return absl::UnimplementedError("the model has no memory layers");
+  v1::GetTableResponse response;
+  for (const engine::ValueTableInfo& table : model.value_tables) {
+    const bool reads = std::find(table.layers.begin(), table.layers.end(), request.layer()) != table.layers.end();
+    if (reads || !request.has_layer()) *response.add_tables() = ToProto(table);
+  }
+  if (response.tables_size() > 0) return response;
+  return absl::InvalidArgumentError(
+      absl::StrCat("layer: ", request.layer(), " has no memory; these do: ", absl::StrJoin(model.memory_layers, ", ")));
+}
+
+engine::ReadRowsRequest ToEngine(const v1::GetRowsRequest& request) {
+  engine::ReadRowsRequest result;
+  if (request.has_layer()) result.layer = request.layer();
+  result.rows.assign(request.rows().begin(), request.rows().end());
+  return result;
+}
+
+v1::GetRowsResponse ToProto(const engine::TableRows& rows, const v1::GetRowsRequest& request) {
+  v1::GetRowsResponse response;
+  for (int i = 0; i < request.rows_size(); ++i) {
+    v1::TableRow& row = *response.add_rows();
+    row.set_row(request.rows(i));
+    row.mutable_values()->Assign(rows.values.begin() + i * rows.dim, rows.values.begin() + (i + 1) * rows.dim);
+    if (rows.experts.empty()) continue;
+    row.mutable_experts()->Assign(rows.experts.begin() + i * rows.dim, rows.experts.begin() + (i + 1) * rows.dim);
+  }
   return response;
+}
+
+engine::RowStatsRequest ToEngine(const v1::RowStatsRequest& request) {
+  engine::RowStatsRequest result;
+  if (request.has_layer()) result.layer = request.layer();
+  if (request.has_top()) result.top = request.top();
+  result.rows.assign(request.rows().begin(), request.rows().end());
+  result.reset = request.reset();
+  return result;
+}
+
+v1::RowStatsResponse ToProto(const engine::RowStats& stats, const v1::RowStatsRequest& request) {
+  v1::RowStatsResponse response;
+  response.set_table_rows(stats.table_rows);
+  response.set_reads(stats.reads);
+  response.set_distinct_rows(stats.distinct_rows);
+  response.set_since_seconds(absl::ToDoubleSeconds(stats.since));
+  const auto set = [](v1::RowCount& to, int32_t row, uint32_t count) {
+    to.set_row(row);
+    to.set_count(count);
+  };
+  for (const auto& [row, count] : stats.top) set(*response.add_top(), row, count);
+  for (int i = 0; i < request.rows_size(); ++i) set(*response.add_rows(), request.rows(i), stats.counts[i]);
+  return response;
+}
+
+absl::StatusOr<engine::GenerateRequest> ToEngine(const v1::TraceRequest& request, const engine::ModelInfo& model, absl::Time deadline) {
+  v1::GenerateRequest generate;
+  if (request.has_request_id()) generate.set_request_id(request.request_id());
+  if (request.has_model()) generate.set_model(request.model());
+  if (request.has_text()) generate.set_text(request.text());
+  if (request.has_tokens()) *generate.mutable_tokens() = request.tokens();
+  if (request.has_chat()) *generate.mutable_chat() = request.chat();
+  if (request.has_add_bos()) generate.set_add_bos(request.add_bos());
+  if (request.has_allow_special()) generate.set_allow_special(request.allow_special());
+  *generate.mutable_memory() = request.memory();
+  *generate.mutable_scheduling() = request.scheduling();
+  v1::MemoryTraceParams& trace = *generate.mutable_output()->mutable_memory_trace();
+  trace = request.memory_trace();
+  trace.set_tokens(0);
+  if (!trace.has_prompt_tokens()) trace.set_prompt_tokens(model.max_context_tokens);
+  generate.mutable_stop()->set_max_tokens(1);
+  return ToEngine(generate, model, deadline);
+}
+
+absl::Time Deadline(const grpc::CallbackServerContext& context) {
+  const gpr_timespec deadline = context.raw_deadline();
+  if (gpr_time_cmp(deadline, gpr_inf_future(deadline.clock_type)) == 0) return absl::InfiniteFuture();
+  return absl::FromChrono(context.deadline());
 }
 
 grpc::Status ToGrpc(const absl::Status& status) {

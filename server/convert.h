@@ -9,6 +9,7 @@
 #include "absl/time/time.h"
 #include "engine/engine.h"
 #include "engine/request.h"
+#include "grpcpp/server_context.h"
 #include "grpcpp/support/status.h"
 #include "memserve/v1/inference.pb.h"
 #include "memserve/v1/memory.pb.h"
@@ -26,7 +27,18 @@ v1::Finished ToProto(engine::Finished finished, const std::string& request_id);
 v1::ScoreResponse ToProto(const engine::ScoreResult& result, const std::string& request_id);
 v1::GetModelResponse ToProto(const engine::ModelInfo& model);
 v1::GetLoadResponse ToProto(const engine::Load& load);
-v1::ListTablesResponse TablesToProto(const engine::ModelInfo& model);
+v1::TokenTrace ToProto(const engine::TokenTrace& trace);
+
+// Of service Memory. UNIMPLEMENTED or INVALID_ARGUMENT: there is no such table.
+absl::StatusOr<v1::GetTableResponse> ToTables(const v1::GetTableRequest& request, const engine::ModelInfo& model);
+engine::ReadRowsRequest ToEngine(const v1::GetRowsRequest& request);
+v1::GetRowsResponse ToProto(const engine::TableRows& rows, const v1::GetRowsRequest& request);
+engine::RowStatsRequest ToEngine(const v1::RowStatsRequest& request);
+v1::RowStatsResponse ToProto(const engine::RowStats& stats, const v1::RowStatsRequest& request);
+// A generation of one token, with traces.
+absl::StatusOr<engine::GenerateRequest> ToEngine(const v1::TraceRequest& request, const engine::ModelInfo& model, absl::Time deadline);
+
+absl::Time Deadline(const grpc::CallbackServerContext& context);
 
 // RESOURCE_EXHAUSTED carries google.rpc.RetryInfo.
 grpc::Status ToGrpc(const absl::Status& status);

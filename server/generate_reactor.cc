@@ -16,6 +16,9 @@ size_t SizeOf(const engine::Delta& delta) {
   size_t bytes = delta.text.size() + sizeof(int32_t) * delta.token_ids.size() + sizeof(float) * delta.logprobs.size();
   for (const std::string& token : delta.token_bytes) bytes += sizeof(std::string) + token.size();
   for (const auto& top : delta.top_logprobs) bytes += sizeof(top) + top.size() * sizeof(top[0]);
+  for (const engine::TokenTrace& trace : delta.memory_traces) {
+    for (const engine::LayerTrace& layer : trace.layers) bytes += sizeof(layer) + 3 * sizeof(int32_t) * layer.rows.size();
+  }
   return bytes;
 }
 

@@ -25,12 +25,6 @@ grpc::ServerUnaryReactor* Finish(grpc::CallbackServerContext& context, const abs
   return reactor;
 }
 
-absl::Time Deadline(const grpc::CallbackServerContext& context) {
-  const gpr_timespec deadline = context.raw_deadline();
-  if (gpr_time_cmp(deadline, gpr_inf_future(deadline.clock_type)) == 0) return absl::InfiniteFuture();
-  return absl::FromChrono(context.deadline());
-}
-
 }  // namespace
 
 grpc::ServerWriteReactor<v1::GenerateResponse>* InferenceService::Generate(grpc::CallbackServerContext* context,

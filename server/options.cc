@@ -47,6 +47,8 @@ ABSL_FLAG(int, max_waiting, kEngine.max_waiting, "requests that may wait; more a
 ABSL_FLAG(int64_t, max_waiting_tokens, kEngine.max_waiting_tokens,
           "tokens of prompts that may wait, beyond the first; more are refused with RESOURCE_EXHAUSTED");
 ABSL_FLAG(int64_t, max_prompt_bytes, kEngine.max_prompt_bytes, "bytes of one prompt's text");
+ABSL_FLAG(bool, count_rows, kEngine.count_rows, "count how often each row of the value tables is read: 4 bytes a row");
+ABSL_FLAG(int64_t, max_trace_entries, kEngine.max_trace_entries, "reads of value table rows that one request may be told");
 ABSL_FLAG(int, tokenizer_threads, kEngine.tokenizer_threads, "threads that encode prompts");
 ABSL_FLAG(int, loader_threads, kEngine.loader_threads, "threads that read the checkpoint; 0: one per core, at most 8");
 ABSL_FLAG(int64_t, memory_limit_bytes, kEngine.memory_limit_bytes,
@@ -202,6 +204,8 @@ absl::StatusOr<Options> ParseCommandLine(int argc, char** argv) {
   engine.max_waiting = absl::GetFlag(FLAGS_max_waiting);
   engine.max_waiting_tokens = absl::GetFlag(FLAGS_max_waiting_tokens);
   engine.max_prompt_bytes = absl::GetFlag(FLAGS_max_prompt_bytes);
+  engine.count_rows = absl::GetFlag(FLAGS_count_rows);
+  engine.max_trace_entries = absl::GetFlag(FLAGS_max_trace_entries);
   engine.tokenizer_threads = absl::GetFlag(FLAGS_tokenizer_threads);
   engine.loader_threads = absl::GetFlag(FLAGS_loader_threads);
   engine.memory_limit_bytes = absl::GetFlag(FLAGS_memory_limit_bytes);

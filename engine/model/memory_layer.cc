@@ -29,7 +29,7 @@ absl::StatusOr<std::unique_ptr<MemoryLayer>> MemoryLayer::Load(const ModelConfig
   MemoryLayer& m = *memory_layer;
   const MemoryConfig& memory = config.memory;
   m.config_ = &config;
-  m.layer_ = layer;
+  m.place_ = static_cast<int>(std::find(memory.layers.begin(), memory.layers.end(), layer) - memory.layers.begin());
   m.table_ = &table;
   m.first_rank_ = shard.rank == 0;
   const std::string prefix = absl::StrCat("layers.", layer, ".feed_forward.");
@@ -80,7 +80,7 @@ void MemoryLayer::NormaliseQuery(const ForwardContext& context, TensorView<float
   }
 }
 
-// rows and weights of the best product keys.
+// rows and weights of the best product keys that are not masked.
 void MemoryLayer::Search(const ForwardContext& context, const MemoryScratch& scratch, TensorView<const float, 2> x) const {
   const MemoryConfig& memory = config_->memory;
   const int64_t tokens = context.num_tokens;
@@ -90,21 +90,28 @@ void MemoryLayer::Search(const ForwardContext& context, const MemoryScratch& scr
   NormaliseQuery(context, query);
   context.backend->ProductKeySearch({.query = {query.data, {tokens, memory.mem_heads, 2, memory.half_dim()}},
                                      .half_keys = half_keys_.get(),
-                                     .knn_of_token = context.memory_knn,
+                                     .knn_of_token = context.KnnOf(place_),
                                      .scores = {scratch.scores, found},
                                      .weights = {scratch.weights, found},
                                      .rows = {scratch.rows, found}});
+  if (context.masked_rows.empty()) return;
+  const std::array<int64_t, 2> bags = {tokens, found[1] * found[2]};
+  context.backend->MaskRows({.sequence = context.sequence,
+                             .masked_end = context.masked_end,
+                             .masked = context.masked_rows,
+                             .rows = {scratch.rows, bags},
+                             .weights = {scratch.weights, bags}});
 }
 
+// What the traced tokens read, before PEER scales the weights.
 void MemoryLayer::Trace(const ForwardContext& context, const MemoryScratch& scratch) const {
-  const int64_t entries = context.num_tokens * config_->memory.mem_heads * config_->memory.mem_knn;
-  MemoryTrace::Layer& traced = context.trace->layers.emplace_back();
-  traced.layer = layer_;
-  traced.rows.resize(entries);
-  traced.weights.resize(entries);
-  context.backend->Wait(context.backend->Record());
-  context.backend->CopyToHost(traced.rows.data(), scratch.rows, entries * static_cast<int64_t>(sizeof(int32_t)));
-  context.backend->CopyToHost(traced.weights.data(), scratch.weights, entries * static_cast<int64_t>(sizeof(float)));
+  const int64_t traced = context.traced_tokens.size(), bag = int64_t{config_->memory.mem_heads} * config_->memory.mem_knn;
+  const int64_t offset = place_ * traced * bag;
+  context.backend->SelectBags({.tokens = context.traced_tokens,
+                               .rows = {scratch.rows, {context.num_tokens, bag}},
+                               .weights = {scratch.weights, {context.num_tokens, bag}},
+                               .out_rows = {context.trace_rows + offset, {traced, bag}},
+                               .out_weights = {context.trace_weights + offset, {traced, bag}}});
 }
 
 // PEER: weight *= gelu(u[row] · x).
@@ -127,10 +134,11 @@ absl::Status MemoryLayer::Forward(const ForwardContext& context, const MemoryScr
   const TensorView<float, 2> pooled(direct ? out.data : scratch.pooled, {tokens, table_->columns.size()});
 
   Search(context, scratch, x);
-  if (context.trace != nullptr) Trace(context, scratch);
+  if (!context.traced_tokens.empty()) Trace(context, scratch);
+  const std::array<int64_t, 2> bags = {tokens, int64_t{memory.mem_heads} * memory.mem_knn};
+  if (table_->counts != nullptr) backend.CountRows({.rows = TensorView<int32_t, 2>(scratch.rows, bags), .counts = {table_->counts, {table_->rows}}});
   if (memory.peer_variant) ScaleByExperts(context, scratch, x);
 
-  const std::array<int64_t, 2> bags = {tokens, int64_t{memory.mem_heads} * memory.mem_knn};
   const kernels::RowStore::Ticket ticket = table_->values->Start(
       {.table = table_->values.get(), .rows = {scratch.rows, bags}, .weights = {scratch.weights, bags}, .out = pooled});
   const TensorView<float, 2> gate(scratch.gate, {tokens, table_->columns.size()});

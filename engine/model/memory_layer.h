@@ -2,7 +2,7 @@
 //
 //   query               = norm(W_q x + b_q)                                   [mem_heads, 2, half_dim]
 //                         norm: none, LayerNorm or RMSNorm, over each head's query or each half of it
-//   rows, weights       = product_key_search(query, half_keys)             [mem_heads, knn]
+//   rows, weights       = product_key_search(query, half_keys)             [mem_heads, knn], without the rows that are masked
 //   pooled              = Σ over heads and knn of weights · value_table[rows]
 //   plain:    out       = pooled, or W_v pooled + b_v where rows are not dim wide
 //   Memory+:  out       = W_v (silu(W_s x + b_s) ⊙ pooled) + b_v
@@ -40,10 +40,12 @@ class MemoryLayer {
   static absl::StatusOr<std::unique_ptr<MemoryLayer>> Load(const ModelConfig& config, const Shard& shard, int layer,
                                                            const ValueTable& table, WeightLoader& loader);
 
-  // x, out: [num_tokens, dim]; out is complete. For tokens with memory_knn 0 it is meaningless: the caller must not add it.
+  // x, out: [num_tokens, dim]; out is complete. For tokens with a knn of 0 here it is meaningless: the caller must not add it.
   // An error only for what a row store can get wrong (a disk that fails).
   absl::Status Forward(const ForwardContext& context, const MemoryScratch& scratch, kernels::TensorView<const float, 2> x,
                        kernels::TensorView<float, 2> out) const;
+
+  int place() const { return place_; }  // among the memory layers
 
  private:
   void Search(const ForwardContext& context, const MemoryScratch& scratch, kernels::TensorView<const float, 2> x) const;
@@ -52,7 +54,7 @@ class MemoryLayer {
   void ScaleByExperts(const ForwardContext& context, const MemoryScratch& scratch, kernels::TensorView<const float, 2> x) const;
 
   const ModelConfig* config_ = nullptr;
-  int layer_ = 0;
+  int place_ = 0;
   const ValueTable* table_ = nullptr;
   bool first_rank_ = true;  // adds the bias of a product whose inputs are split
   Matrix query_, half_keys_, value_projection_, swilu_, gating_;

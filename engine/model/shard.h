@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "engine/model/config.h"
-#include "engine/model/memory_trace.h"
 #include "engine/model/weights.h"
 #include "kernels/backend.h"
 #include "kernels/collective.h"
@@ -44,9 +43,20 @@ struct ForwardContext {
   kernels::TensorView<const int32_t, 1> positions;      // [num_tokens]
   kernels::TensorView<const int32_t, 1> sequence;       // [num_tokens]
   kernels::TensorView<const int64_t, 1> kv_slots;       // [num_tokens]
-  kernels::TensorView<const int32_t, 1> memory_knn;     // [num_tokens]; 0: memory off
+  kernels::TensorView<const int32_t, 2> memory_knn;     // [memory layers, num_tokens], or one row for all layers; 0: memory off
+  std::vector<bool> memory_on;                          // [memory layers]: for any token of the batch
+  kernels::TensorView<const int32_t, 1> masked_end;     // [num_sequences]
+  kernels::TensorView<const int32_t, 1> masked_rows;    // empty where no sequence masks any
   kernels::TensorView<const int32_t, 2> block_tables;   // [num_sequences, pages]
-  MemoryTrace* trace = nullptr;  // optional: each memory layer adds what fired (and waits for the device to know)
+  kernels::TensorView<const int32_t, 1> traced_tokens;  // [num_traced]; empty: none
+  int32_t* trace_rows = nullptr;                        // out: [memory layers, num_traced, mem_heads, mem_knn]
+  float* trace_weights = nullptr;                       // out, beside trace_rows
+
+  // Rows per memory head of each token in a memory layer, by its place among them.
+  kernels::TensorView<const int32_t, 1> KnnOf(int memory_layer) const {
+    const int64_t row = memory_knn.dim(0) == 1 ? 0 : memory_layer;
+    return {memory_knn.data + row * num_tokens, {num_tokens}};
+  }
 };
 
 }  // namespace memserve::engine

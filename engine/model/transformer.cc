@@ -61,7 +61,15 @@ absl::StatusOr<std::unique_ptr<Transformer>> Transformer::Load(const ModelConfig
     model->layers_.push_back(std::move(loaded));
   }
 
+  // All ranks search alike: one counts.
+  for (const std::unique_ptr<ValueTable>& table : model->tables_) {
+    if (!limits.count_rows || shard.rank != 0) continue;
+    table->counts = workspace.Take<uint32_t>(table->rows, 1);
+    model->count_bytes_ += table->rows * static_cast<int64_t>(sizeof(uint32_t));
+  }
+
   const int64_t tokens = limits.max_tokens;
+  model->max_tokens_ = tokens;
   model->rope_ = MakeRopeTables(config, limits.max_positions, backend, workspace);
   model->attention_scratch_ = std::make_unique<AttentionScratch>(config, shard, tokens, workspace);
   model->feed_forward_scratch_ = std::make_unique<FeedForwardScratch>(config, shard, tokens, workspace);
@@ -100,16 +108,45 @@ absl::Status Transformer::Forward(const ForwardContext& context, const TokenInpu
         {.x = x, .delta = last_delta, .delta_on = last_on, .weight = layer.attention_norm.view(), .eps = eps, .out = normed});
     layer.attention->Forward(context, rope_, *attention_scratch_, pages[i], normed, delta);
     backend.RmsNorm({.x = x, .delta = delta, .weight = layer.ffn_norm.view(), .eps = eps, .out = normed});
+    // What is off for all is not computed, but where it is to be told that nothing fired.
+    if (layer.memory != nullptr && !context.memory_on[layer.memory->place()] && context.traced_tokens.empty()) {
+      last_delta = {};
+      last_on = {};
+      continue;
+    }
     if (layer.memory != nullptr) {
       if (absl::Status s = layer.memory->Forward(context, *memory_scratch_, normed, delta); !s.ok()) return s;
     } else {
       layer.feed_forward->Forward(context, *feed_forward_scratch_, normed, delta);
     }
     last_delta = delta;
-    last_on = layer.memory != nullptr ? context.memory_knn : TensorView<const int32_t, 1>();
+    last_on = layer.memory != nullptr ? context.KnnOf(layer.memory->place()) : TensorView<const int32_t, 1>();
   }
   backend.RmsNorm({.x = x, .delta = last_delta, .delta_on = last_on, .weight = norm_.view(), .eps = eps});
   return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<float>> Transformer::ReadRows(kernels::Backend& backend, int64_t table, bool experts,
+                                                         absl::Span<const int32_t> rows) const {
+  kernels::RowStore& store = experts ? *tables_[table]->values_u : *tables_[table]->values;
+  const int64_t columns = store.spec().columns(), count = static_cast<int64_t>(rows.size());
+  const MemoryScratch& scratch = *memory_scratch_;
+  std::vector<float> values(count * columns);
+  // Sums of one row each, of weight 1.
+  const std::vector<float> ones(max_tokens_, 1.0f);
+  for (int64_t begin = 0; begin < count; begin += max_tokens_) {
+    const int64_t bags = std::min(max_tokens_, count - begin);
+    backend.CopyToDevice(scratch.rows, rows.data() + begin, bags * static_cast<int64_t>(sizeof(int32_t)));
+    backend.CopyToDevice(scratch.weights, ones.data(), bags * static_cast<int64_t>(sizeof(float)));
+    const kernels::RowStore::Ticket ticket = store.Start({.table = &store,
+                                                          .rows = TensorView<int32_t, 2>(scratch.rows, {bags, 1}),
+                                                          .weights = TensorView<float, 2>(scratch.weights, {bags, 1}),
+                                                          .out = {scratch.pooled, {bags, columns}}});
+    if (absl::Status s = store.Finish(ticket); !s.ok()) return s;
+    backend.Wait(backend.Record());
+    backend.CopyToHost(values.data() + begin * columns, scratch.pooled, bags * columns * static_cast<int64_t>(sizeof(float)));
+  }
+  return values;
 }
 
 void Transformer::Logits(const ForwardContext& context, TensorView<const int32_t, 1> rows, TensorView<float, 2> logits) const {

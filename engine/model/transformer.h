@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "engine/model/attention.h"
 #include "engine/model/feed_forward.h"
 #include "engine/model/memory_layer.h"
@@ -19,6 +20,7 @@ namespace memserve::engine {
 struct ModelLimits {
   int64_t max_tokens = 0;     // of one step
   int64_t max_positions = 0;  // of one sequence
+  bool count_rows = false;    // whether the reads of each value table row are counted
 };
 
 // Where a step's tokens come from.
@@ -43,7 +45,12 @@ class Transformer {
   void Logits(const ForwardContext& context, kernels::TensorView<const int32_t, 1> rows, kernels::TensorView<float, 2> logits) const;
   int64_t max_logit_rows() const { return max_logit_rows_; }
 
+  // This rank's columns of chosen rows of a value table, widened to float: [rows.size(), columns]. `experts`: of PEER's u. Uses the
+  // scratch of a step: none may be under way on another thread. An error only for what a row store can get wrong.
+  absl::StatusOr<std::vector<float>> ReadRows(kernels::Backend& backend, int64_t table, bool experts, absl::Span<const int32_t> rows) const;
+
   const std::vector<std::unique_ptr<ValueTable>>& value_tables() const { return tables_; }
+  int64_t count_bytes() const { return count_bytes_; }  // that row counters take of the workspace
 
  private:
   struct Layer {
@@ -76,6 +83,8 @@ class Transformer {
   float* selected_ = nullptr;      // [max_logit_rows, dim]
   float* local_logits_ = nullptr;  // [max_logit_rows, vocabulary of this rank], several ranks only
   int64_t max_logit_rows_ = 0;
+  int64_t max_tokens_ = 0;
+  int64_t count_bytes_ = 0;
 };
 
 }  // namespace memserve::engine

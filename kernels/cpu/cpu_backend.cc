@@ -74,6 +74,9 @@ class CpuBackend final : public Backend {
   void SiluProduct(const SiluProductArgs& args) override;
   void SigmoidGate(const SigmoidGateArgs& args) override;
   void ProductKeySearch(const ProductKeySearchArgs& args) override;
+  void MaskRows(const MaskRowsArgs& args) override;
+  void SelectBags(const SelectBagsArgs& args) override;
+  void CountRows(const CountRowsArgs& args) override;
   void EmbeddingBag(const EmbeddingBagArgs& args) override;
   void RowDot(const RowDotArgs& args) override;
   void GeluScale(const GeluScaleArgs& args) override;
@@ -209,6 +212,22 @@ void CpuBackend::ProductKeySearch(const ProductKeySearchArgs& args) {
   }
   functions_.product_key_search(context_, half_keys, args);
 }
+
+void CpuBackend::MaskRows(const MaskRowsArgs& args) {
+  MEMSERVE_CHECK(args.weights.shape == args.rows.shape);
+  MEMSERVE_CHECK_EQ(args.sequence.dim(0), args.rows.dim(0));
+  cpu::MaskRows(context_, args);
+}
+
+void CpuBackend::SelectBags(const SelectBagsArgs& args) {
+  MEMSERVE_CHECK(args.weights.shape == args.rows.shape);
+  MEMSERVE_CHECK(args.out_weights.shape == args.out_rows.shape);
+  MEMSERVE_CHECK_EQ(args.out_rows.dim(0), args.tokens.dim(0));
+  MEMSERVE_CHECK_EQ(args.out_rows.dim(1), args.rows.dim(1));
+  cpu::SelectBags(args);
+}
+
+void CpuBackend::CountRows(const CountRowsArgs& args) { cpu::CountRows(context_, args); }
 
 void CpuBackend::EmbeddingBag(const EmbeddingBagArgs& args) { MEMSERVE_CHECK(args.table->Finish(args.table->Start(args)).ok()); }
 

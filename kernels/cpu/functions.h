@@ -11,6 +11,7 @@
 #include "kernels/cpu/weight_matrix.h"
 #include "kernels/embedding.h"
 #include "kernels/embedding_bag.h"
+#include "kernels/found_rows.h"
 #include "kernels/gates.h"
 #include "kernels/layer_norm.h"
 #include "kernels/matmul.h"
@@ -82,8 +83,11 @@ struct Functions {
   void (*top_logprobs)(Context&, const TopLogprobsArgs&);
 };
 
-// Plain code for all instruction sets: few slots want it.
+// Plain code for all instruction sets: few slots want it, or it waits for memory.
 void AdjustLogits(Context& context, const AdjustLogitsArgs& args);
+void MaskRows(Context& context, const MaskRowsArgs& args);
+void SelectBags(const SelectBagsArgs& args);
+void CountRows(Context& context, const CountRowsArgs& args);
 
 // Each unit fills in its own; `index` is that of the instruction set in the dispatch tables.
 void AddElementwise(size_t index, Functions& functions);

@@ -37,6 +37,9 @@ class ReferenceBackend final : public Backend {
   void SiluProduct(const SiluProductArgs& args) override { reference::SiluProduct(args); }
   void SigmoidGate(const SigmoidGateArgs& args) override { reference::SigmoidGate(args); }
   void ProductKeySearch(const ProductKeySearchArgs& args) override { reference::ProductKeySearch(args); }
+  void MaskRows(const MaskRowsArgs& args) override { reference::MaskRows(args); }
+  void SelectBags(const SelectBagsArgs& args) override { reference::SelectBags(args); }
+  void CountRows(const CountRowsArgs& args) override { reference::CountRows(args); }
   void EmbeddingBag(const EmbeddingBagArgs& args) override {
     const RowStore::Ticket ticket = args.table->Start(args);
     MEMSERVE_CHECK(args.table->Finish(ticket).ok());

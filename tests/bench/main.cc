@@ -32,11 +32,14 @@ constexpr Subcommand kSubcommands[] = {
     {"search", "product-key search: --heads --n_keys --half_dim --knn --format", BenchSearch},
     {"gather", "weighted sums of rows of a value table: --rows --dim --bag --format", BenchGather},
     {"row_dot", "dot products with rows of a value table: --rows --dim --bag --format", BenchRowDot},
+    {"count", "reads of a value table's rows, counted: --rows --bag", BenchCount},
+    {"mask", "rows that a request masks, left out: --rows --bag", BenchMask},
     {"sample", "one token for each row of logits: --vocab --temperature --top_k --top_p", BenchSample},
     {"logits", "the output matrix: --vocab --dim --format", BenchLogits},
     {"table_size", "search and gather over tables of 2^14 to 2^20 rows: --heads --half_dim --knn --dim --format", BenchTableSize},
     {"tokenizer", "text to tokens and back of a checkpoint folder: --checkpoint --text_file", BenchTokenizer},
     {"model", "a checkpoint through the engine, --batch streams at once: --checkpoint --prompt --decode", BenchModel},
+    {"counting", "what counting rows costs, two engines side by side: --checkpoint --prompt --decode --batch", BenchCounting},
 };
 
 std::string Usage() {

@@ -54,6 +54,7 @@ Sample RunOnce(engine::Engine& engine, int64_t streams, int64_t prompt, int64_t 
     for (int64_t t = 0; t < prompt; ++t) tokens.push_back(static_cast<int32_t>((s * 31 + t * 7 + 3) % engine.model().vocab_size));
     request.prompt = tokens;
     request.stop = {.max_tokens = static_cast<int32_t>(decode), .ignore_eos = true};
+    request.scheduling.prefix_cache = false;  // prompts are the same each time
     counters.push_back(std::make_shared<Counter>());
     engine.Generate(std::move(request), counters.back());
   }
@@ -68,9 +69,7 @@ double Median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-}  // namespace
-
-void BenchModel() {
+engine::EngineOptions OptionsOfFlags() {
   spdlog::set_level(spdlog::level::warn);
   engine::EngineOptions options;
   options.checkpoint = absl::GetFlag(FLAGS_checkpoint);
@@ -78,20 +77,29 @@ void BenchModel() {
   options.threads = absl::GetFlag(FLAGS_threads);
   options.isa = absl::GetFlag(FLAGS_isa);
   options.max_batch_tokens = static_cast<int>(absl::GetFlag(FLAGS_max_batch_tokens));
+  return options;
+}
+
+std::unique_ptr<engine::Engine> Start(const engine::EngineOptions& options) {
   absl::StatusOr<std::unique_ptr<engine::Engine>> engine = engine::Engine::Create(options);
-  if (!engine.ok()) {
-    std::fprintf(stderr, "memserve-bench: %s\n", std::string(engine.status().message()).c_str());
-    std::exit(1);
-  }
+  if (engine.ok()) return *std::move(engine);
+  std::fprintf(stderr, "memserve-bench: %s\n", std::string(engine.status().message()).c_str());
+  std::exit(1);
+}
+
+}  // namespace
+
+void BenchModel() {
+  const std::unique_ptr<engine::Engine> engine = Start(OptionsOfFlags());
   const int64_t prompt = absl::GetFlag(FLAGS_prompt);
   const int64_t decode = absl::GetFlag(FLAGS_decode);
   for (const std::string& text : absl::GetFlag(FLAGS_batch)) {
     const int64_t streams = std::atoll(text.c_str());
     std::vector<double> wall;
     std::vector<double> decoding;
-    RunOnce(**engine, streams, prompt, decode);  // warm-up
+    RunOnce(*engine, streams, prompt, decode);  // warm-up
     for (int64_t i = 0; i < absl::GetFlag(FLAGS_repeat); ++i) {
-      const Sample sample = RunOnce(**engine, streams, prompt, decode);
+      const Sample sample = RunOnce(*engine, streams, prompt, decode);
       wall.push_back(sample.wall_seconds);
       decoding.push_back(sample.decode_seconds / static_cast<double>(std::max<int64_t>(1, decode - 1)));
     }
@@ -105,11 +113,42 @@ void BenchModel() {
     } else {
       std::printf("%s\n", absl::StrFormat("model %s, %d streams, prompt %d, decode %d: %.0f tokens/s, %.1f µs a token of one stream "
                                           "(%.1f … %.1f)",
-                                          (*engine)->model().name, streams, prompt, decode, tokens_per_second, Median(decoding) * 1e6,
+                                          engine->model().name, streams, prompt, decode, tokens_per_second, Median(decoding) * 1e6,
                                           *std::min_element(decoding.begin(), decoding.end()) * 1e6,
                                           *std::max_element(decoding.begin(), decoding.end()) * 1e6)
                               .c_str());
     }
+    std::fflush(stdout);
+  }
+}
+
+// Two engines side by side, one of which counts the rows that are read; each round times both, in turns first.
+void BenchCounting() {
+  engine::EngineOptions options = OptionsOfFlags();
+  const std::unique_ptr<engine::Engine> counting = Start(options);
+  options.count_rows = false;
+  const std::unique_ptr<engine::Engine> plain = Start(options);
+  const int64_t prompt = absl::GetFlag(FLAGS_prompt), decode = absl::GetFlag(FLAGS_decode);
+  for (const std::string& text : absl::GetFlag(FLAGS_batch)) {
+    const int64_t streams = std::atoll(text.c_str());
+    std::vector<double> with, without, ratios;
+    RunOnce(*counting, streams, prompt, decode);  // warm-up
+    RunOnce(*plain, streams, prompt, decode);
+    for (int64_t i = 0; i < absl::GetFlag(FLAGS_repeat); ++i) {
+      double seconds[2];
+      for (const int64_t turn : {i % 2, 1 - i % 2}) {
+        seconds[turn] = RunOnce(turn == 0 ? *counting : *plain, streams, prompt, decode).wall_seconds;
+      }
+      with.push_back(seconds[0]);
+      without.push_back(seconds[1]);
+      ratios.push_back(seconds[0] / seconds[1]);
+    }
+    std::printf("%s\n", absl::StrFormat("counting %s, %d streams, prompt %d, decode %d: %.2f ms with, %.2f ms without; ratio of a round %.4f "
+                                        "(median), of the medians %.4f, of the fastest %.4f",
+                                        counting->model().name, streams, prompt, decode, Median(with) * 1e3, Median(without) * 1e3,
+                                        Median(ratios), Median(with) / Median(without),
+                                        *std::min_element(with.begin(), with.end()) / *std::min_element(without.begin(), without.end()))
+                            .c_str());
     std::fflush(stdout);
   }
 }

@@ -13,9 +13,12 @@ void BenchSilu();
 void BenchSearch();
 void BenchGather();
 void BenchRowDot();
+void BenchCount();
+void BenchMask();
 void BenchSample();
 void BenchLogits();
 void BenchModel();
+void BenchCounting();
 void BenchTableSize();
 void BenchTokenizer();
 

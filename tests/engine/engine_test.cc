@@ -131,6 +131,11 @@ std::vector<GenerateRequest> VariedRequests(const GoldenCase& golden) {
       if (i % 5 == 1) request.sampling.top_p = 0.7f;
     }
     request.memory.enabled = i % 4 != 3;
+    if (!golden.memory_layers.empty()) {
+      if (i % 3 == 1) request.memory.knn = 1 + i % 4;
+      if (i % 5 == 2) request.memory.layers = {golden.memory_layers[i % golden.memory_layers.size()]};
+      for (int32_t row = i; row < 320 && i % 4 == 1; row += 2) request.memory.masked_rows.push_back(row);
+    }
     if (i % 6 == 1) request.sampling.repetition_penalty = 1.3f;
     if (i % 6 == 2) request.sampling = {.temperature = 0.9f, .seed = 5u, .min_p = 0.05f, .presence_penalty = 0.4f, .penalty_window = 9};
     if (i % 6 == 4) request.sampling.logit_bias = {{7, 2.5f}, {9, -3.0f}};

@@ -82,17 +82,20 @@ TEST_P(ParityTest, TheSameRowsFireWithTheSameWeights) {
   const int heads = model->config.memory.mem_heads;
   ASSERT_EQ(model->config.memory.layers, golden.memory_layers);
   for (const GoldenSequence& sequence : golden.sequences) {
-    MemoryTrace trace;
-    ASSERT_TRUE(model->executor->ExecuteForLogits(PrefillBatch(*model, {sequence.tokens}), &trace).ok());
-    ASSERT_EQ(trace.layers.size(), golden.memory_layers.size());
-    for (const MemoryTrace::Layer& layer : trace.layers) {
-      const std::string prefix = sequence.name + ".layer" + std::to_string(layer.layer) + ".memory.";
+    Batch batch = PrefillBatch(*model, {sequence.tokens});
+    batch.traced_tokens = batch.logit_tokens;  // all of them
+    StepResult result;
+    ASSERT_TRUE(model->executor->ExecuteForLogits(batch, &result).ok());
+    const size_t entries = batch.token_ids.size() * heads * knn;
+    ASSERT_EQ(result.trace_rows.size(), entries * golden.memory_layers.size());
+    for (size_t m = 0; m < golden.memory_layers.size(); ++m) {
+      const std::string prefix = sequence.name + ".layer" + std::to_string(golden.memory_layers[m]) + ".memory.";
       const std::vector<int32_t> rows = golden.Ints(prefix + "indices");
       const std::vector<float> weights = golden.Floats(prefix + "weights");
-      ASSERT_EQ(rows.size(), layer.rows.size()) << prefix;
+      ASSERT_EQ(rows.size(), entries) << prefix;
       for (size_t i = 0; i < rows.size(); i += knn) {
         const std::map<int32_t, float> expected = RowsOf(&rows[i], &weights[i], knn);
-        const std::map<int32_t, float> found = RowsOf(&layer.rows[i], &layer.weights[i], knn);
+        const std::map<int32_t, float> found = RowsOf(&result.trace_rows[m * entries + i], &result.trace_weights[m * entries + i], knn);
         for (const auto& [row, weight] : expected) {
           ASSERT_TRUE(found.contains(row)) << prefix << " token " << i / knn / heads << " head " << i / knn % heads << " row " << row;
           EXPECT_NEAR(found.at(row), weight, 1e-5) << prefix << " token " << i / knn / heads << " row " << row;

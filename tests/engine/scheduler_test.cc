@@ -19,7 +19,7 @@ std::shared_ptr<Sequence> NewSequence(std::vector<int32_t> prompt, int64_t max_d
   sequence->prompt_tokens = static_cast<int64_t>(prompt.size());
   sequence->tokens = std::move(prompt);
   sequence->max_draws = max_draws;
-  sequence->memory_knn = 8;
+  sequence->memory.knn = 8;
   return sequence;
 }
 

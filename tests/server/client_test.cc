@@ -172,7 +172,7 @@ TEST_F(ClientTest, JsonIsOneObjectALine) {
   EXPECT_EQ(status_, 0);
   const std::string& out = program->out();
   const size_t end = out.find('\n');
-  EXPECT_EQ(out.substr(0, end), R"({"delta":{"text":"é","token_ids":[5],"logprobs":[-0.1],"token_bytes":["/wE="],"top_logprobs":[]}})");
+  EXPECT_EQ(out.substr(0, end), R"({"delta":{"text":"é","token_ids":[5],"logprobs":[-0.1],"token_bytes":["/wE="],"top_logprobs":[],"memory_traces":[]}})");
   const nlohmann::json finished = nlohmann::json::parse(out.substr(end)).at("finished");
   EXPECT_EQ(finished.at("reason"), "FINISH_REASON_LENGTH");
   EXPECT_EQ(finished.at("seed").get<uint64_t>(), ~uint64_t{0});
@@ -201,6 +201,33 @@ TEST_F(ClientTest, TheQueriesPrintWhatTheServerSays) {
   EXPECT_EQ(nlohmann::json::parse(Run({"load", "--json"})->out()).at("waiting"), 9);
   EXPECT_THAT(Run({"tables"})->out(), HasSubstr("layers.1.feed_forward.values.weight  layers [1,4]  rows 1048576"));
   EXPECT_EQ(Run({"abort", "nobody"})->out(), "aborted: 0\n");
+  EXPECT_EQ(status_, 0);
+}
+
+TEST_F(ClientTest, MemoryFlagsReachTheEngine) {
+  auto program = Start({"complete", "x", "--memory_knn=3", "--memory_layers=1,4", "--masked_rows=7,1000", "--trace", "--trace_entries=2", "--trace_tokens=5"});
+  const FakeEngine::Generation generation = engine_->NextGeneration();
+  EXPECT_EQ(generation.request.memory.knn, 3);
+  EXPECT_THAT(generation.request.memory.layers, ::testing::ElementsAre(1, 4));
+  EXPECT_THAT(generation.request.memory.masked_rows, ::testing::ElementsAre(7, 1000));
+  ASSERT_TRUE(generation.request.memory_trace.has_value());
+  EXPECT_EQ(generation.request.memory_trace->entries, 2);
+  EXPECT_EQ(generation.request.memory_trace->tokens, 5);
+  generation.listener->OnDelta({.text = "y",
+                                .token_ids = {9},
+                                .memory_traces = {{.position = 6, .token_id = 8, .layers = {{.layer = 4, .heads = {0, 3}, .rows = {11, 12}, .weights = {0.5f, 0.25f}}}}}});
+  engine_->End(generation, engine::Finished{});
+  EXPECT_EQ(program->ExitStatus(), 0);
+  EXPECT_EQ(program->out(), "6\t8\t4\t0\t11\t0.500000\n6\t8\t4\t3\t12\t0.250000\n");
+}
+
+TEST_F(ClientTest, RowsAndCountsAndTracesArePrinted) {
+  EXPECT_EQ(Run({"rows", "7", "2", "--layer=4"})->out(), "7\t70 71\n2\t20 21\n");
+  EXPECT_EQ(Run({"row-stats", "--layer=4", "--top=1", "--reset", "9"})->out(),
+            "reads: 4\ndistinct_rows: 1 of 1048576\nsince_seconds: 3.000\ntop\t0\t100\nrow\t9\t9\n");
+  AnswerWith({{.memory_traces = {{.position = 1, .token_id = 8, .layers = {{.layer = 4, .heads = {2}, .rows = {11}, .weights = {0.5f}}}}}}}, {});
+  EXPECT_EQ(Run({"trace", "Hi", "--trace_entries=1", "--trace_tokens=3"})->out(), "1\t8\t4\t2\t11\t0.500000\n");
+  EXPECT_EQ(nlohmann::json::parse(Run({"trace", "--json", "Hi"})->out()).at("tokens")[0].at("layers")[0].at("rows")[0], 11);
   EXPECT_EQ(status_, 0);
 }
 
@@ -281,6 +308,12 @@ TEST_F(ClientTest, WrongUsageIsOneLineAndStatusOne) {
       {{"chat", "Hello"}, "chat takes no words"},
       {{"complete", "--system=x", "y"}, "--system goes with --chat"},
       {{"detokenize", "x"}, "\"x\" is no token id"},
+      {{"rows"}, "give at least one ROW"},
+      {{"rows", "x"}, "give at least one ROW"},
+      {{"row-stats", "x"}, "the words of row-stats are ROWs"},
+      {{"trace"}, "give one PROMPT"},
+      {{"complete", "x", "--masked_rows=1,"}, "--masked_rows is \"1,\"; it must be rows such as 17,1000"},
+      {{"rows", "1", "--reset"}, "--reset means nothing to rows"},
       {{"repeat", "x", "--count=0"}, "--count must be at least 1"},
       {{"load_test", "--concurrency=1,x"}, "--concurrency is \"1,x\"; it must be numbers apart by commas"},
       {{"load_test", "--rates=0"}, "--concurrency, --rates and --load_factors must be more than 0"},
@@ -303,7 +336,8 @@ TEST_F(ClientTest, HelpNamesEveryCommandAndFlag) {
                            "abort",    "repeat",  "load_test", "--load_factors", "--long_prompt_tokens", "--address",    "--timeout_seconds", "--json",        "--add_bos", "--token_ids",
                            "--memory", "--model", "--request_id", "--max_tokens",      "--temperature", "--top_k",   "--top_p",
                            "--seed",   "--stop",  "--ignore_eos", "--logprobs",        "--stats",       "--count",   "Examples",  "--chat",  "--system",
-                           "  chat ",  "--allow_special"}) {
+                           "  chat ",  "--allow_special", "  rows ", "  row-stats ", "  trace ", "--memory_knn", "--memory_layers", "--masked_rows", "--trace ", "--trace_entries",
+                           "--trace_tokens", "--layer", "--top=", "--reset"}) {
     EXPECT_THAT(program->out(), HasSubstr(word));
   }
 }

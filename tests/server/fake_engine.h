@@ -53,6 +53,10 @@ class FakeEngine final : public engine::Engine {
                                     .format = "bf16",
                                     .placement = "host",
                                     .bytes = int64_t{1} << 31}},
+                  .memory_layers = {1, 4},
+                  .memory_rows = 1 << 20,
+                  .mem_heads = 4,
+                  .mem_knn = 32,
                   .eos_token_ids = {257},
                   .bos_token_id = 256,
                   .tokenizer = "bytes",
@@ -194,6 +198,23 @@ class FakeEngine final : public engine::Engine {
     callback(text);
   }
 
+  // Column c of row r is 10 · r + c.
+  void ReadRows(engine::ReadRowsRequest request, std::function<void(absl::StatusOr<engine::TableRows>)> callback) override {
+    if (request.rows.empty()) return callback(absl::InvalidArgumentError("rows: has 0 rows; 1 to 256 are accepted"));
+    engine::TableRows rows{.dim = 2};
+    for (const int32_t row : request.rows) rows.values.insert(rows.values.end(), {10.0f * static_cast<float>(row), 10.0f * static_cast<float>(row) + 1});
+    callback(rows);
+  }
+  // What was asked is told back: the table's layer as reads, the reset as distinct rows, each row's own number as its count.
+  void CountRows(engine::RowStatsRequest request, std::function<void(absl::StatusOr<engine::RowStats>)> callback) override {
+    if (request.top > 1000) return callback(absl::InvalidArgumentError("top: is not in [0, 1000]"));
+    engine::RowStats stats{.table_rows = 1 << 20, .reads = static_cast<uint64_t>(request.layer.value_or(0)), .distinct_rows = request.reset ? 1 : 0};
+    for (int32_t i = 0; i < request.top; ++i) stats.top.emplace_back(i, 100 - i);
+    for (const int32_t row : request.rows) stats.counts.push_back(static_cast<uint32_t>(row));
+    stats.since = absl::Seconds(3);
+    callback(stats);
+  }
+
   const engine::ModelInfo& model() const override { return model_info; }
   engine::Load load() const override { return load_now; }
   absl::Status status() const override {
@@ -220,7 +241,8 @@ class FakeEngine final : public engine::Engine {
             .max_context_tokens = model_info.max_context_tokens,
             .max_prompt_bytes = 1000,
             .has_tokenizer = true,
-            .chat_template = model_info.chat ? absl::OkStatus() : absl::UnimplementedError("chat: there is no template")};
+            .chat_template = model_info.chat ? absl::OkStatus() : absl::UnimplementedError("chat: there is no template"),
+            .memory = {.layers = model_info.memory_layers, .mem_knn = model_info.mem_knn}};
   }
 
   void Forget(const std::string& id) {

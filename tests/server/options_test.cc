@@ -45,6 +45,8 @@ TEST(OptionsTest, EveryFlagReachesItsOption) {
                              "--max_sequences=5",
                              "--max_waiting=6",
                              "--max_prompt_bytes=7",
+                             "--count_rows=false",
+                             "--max_trace_entries=77",
                              "--tokenizer_threads=2",
                              "--loader_threads=8",
                              "--memory_limit_bytes=9000000000",
@@ -77,6 +79,8 @@ TEST(OptionsTest, EveryFlagReachesItsOption) {
   EXPECT_EQ(engine.max_sequences, 5);
   EXPECT_EQ(engine.max_waiting, 6);
   EXPECT_EQ(engine.max_prompt_bytes, 7);
+  EXPECT_FALSE(options->engine.count_rows);
+  EXPECT_EQ(options->engine.max_trace_entries, 77);
   EXPECT_EQ(engine.tokenizer_threads, 2);
   EXPECT_EQ(engine.loader_threads, 8);
   EXPECT_EQ(engine.memory_limit_bytes, 9'000'000'000);

@@ -64,8 +64,8 @@ TEST(ServerTest, WhileLoadingItIsAliveAndNotReady) {
   EXPECT_EQ(stub->Score(&score_call, {}, &score).error_code(), grpc::StatusCode::UNAVAILABLE);
   v1::TokenizeResponse tokenize;
   EXPECT_EQ(stub->Tokenize(&tokenize_call, {}, &tokenize).error_code(), grpc::StatusCode::UNAVAILABLE);
-  v1::ListTablesResponse tables;
-  EXPECT_EQ(v1::Memory::NewStub(Connect(server->port()))->ListTables(&tables_call, {}, &tables).error_code(),
+  v1::GetTableResponse tables;
+  EXPECT_EQ(v1::Memory::NewStub(Connect(server->port()))->GetTable(&tables_call, {}, &tables).error_code(),
             grpc::StatusCode::UNAVAILABLE);
 }
 

@@ -257,20 +257,11 @@ TEST_F(ServiceTest, GetModelTellsAllThatTheEngineKnows) {
       value_tables { name: "layers.1.feed_forward.values.weight" layers: [1, 4] rows: 1048576 dim: 1024 format: "bf16"
                      placement: "host" bytes: 2147483648 }
       eos_token_ids: 257 bos_token_id: 256 tokenizer: "bytes" backend: "fake" isa: "none" weight_dtype: "f32"
-      activation_dtype: "f32" kv_dtype: "f32" devices: 2)");
+      activation_dtype: "f32" kv_dtype: "f32" devices: 2
+      memory_layers: [1, 4] memory_rows: 1048576 mem_heads: 4 mem_knn: 32)");
   EXPECT_FALSE(model.server_version().empty());
   model.clear_server_version();
   EXPECT_EQ(model.DebugString(), expected.DebugString());
-}
-
-TEST_F(ServiceTest, ListTablesTellsEachTableOnce) {
-  const auto memory = v1::Memory::NewStub(channel_);
-  grpc::ClientContext call;
-  v1::ListTablesResponse response;
-  ASSERT_TRUE(memory->ListTables(&call, {}, &response).ok());
-  ASSERT_EQ(response.tables_size(), 1);
-  EXPECT_THAT(response.tables(0).layers(), ElementsAre(1, 4));
-  EXPECT_EQ(response.tables(0).bytes(), int64_t{1} << 31);
 }
 
 TEST_F(ServiceTest, GetLoadTellsAllThatTheEngineKnows) {

@@ -18,6 +18,7 @@ struct Generated {
   std::vector<int32_t> token_ids;
   std::vector<float> logprobs;
   std::vector<std::vector<engine::TokenLogprob>> top_logprobs = {};
+  std::vector<engine::TokenTrace> memory_traces = {};
   int deltas = 0;
 
   bool operator==(const Generated& other) const {
@@ -33,6 +34,7 @@ class Collector final : public engine::GenerateListener {
     generated_.token_ids.insert(generated_.token_ids.end(), delta.token_ids.begin(), delta.token_ids.end());
     generated_.logprobs.insert(generated_.logprobs.end(), delta.logprobs.begin(), delta.logprobs.end());
     generated_.top_logprobs.insert(generated_.top_logprobs.end(), delta.top_logprobs.begin(), delta.top_logprobs.end());
+    generated_.memory_traces.insert(generated_.memory_traces.end(), delta.memory_traces.begin(), delta.memory_traces.end());
     if (generated_.deltas == 1) first_.set_value();
   }
   void OnFinished(absl::StatusOr<engine::Finished> finished) override {
