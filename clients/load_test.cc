@@ -344,7 +344,10 @@ int RunLongPrompt(const Options& options, Requests& requests, ordered_json& repo
   bool enough = ended.empty();
   if (enough) {
     lock.unlock();
-    streams.Start(requests.OfLength(*options.long_prompt_tokens, 1), [&](const StreamTimes& stream) {
+    v1::GenerateRequest long_request = requests.OfLength(*options.long_prompt_tokens, 1);
+    // Computed in full, also by a server that was asked the same before.
+    long_request.mutable_scheduling()->set_prefix_cache(options.prefix_cache.value_or(false));
+    streams.Start(long_request, [&](const StreamTimes& stream) {
       const std::lock_guard lock(mutex);
       long_one = stream;
       changed.notify_all();

@@ -106,7 +106,7 @@ bool Scheduler::FindPageFor(const Sequence& sequence) {
   return true;
 }
 
-StepPlan Scheduler::Schedule(int64_t step, absl::Time now, int64_t prefill_limit) {
+StepPlan Scheduler::Schedule(int64_t step, absl::Time now, const StepTimes& times) {
   Admit();
   StepPlan plan;
   plan.batch.step = step;
@@ -127,18 +127,24 @@ StepPlan Scheduler::Schedule(int64_t step, absl::Time now, int64_t prefill_limit
     if (sequence->planned == static_cast<int64_t>(sequence->pages.size()) * cache_.page_size()) {
       MEMSERVE_CHECK(cache_.Allocate(1, &sequence->pages));
     }
+    plan.work.Add(sequence->planned, 1);
     planned.push_back({sequence, 1});
     --budget;
   }
-  plan.decodes = static_cast<int64_t>(planned.size());
-  if (plan.decodes > 0) budget = std::min(budget, std::max<int64_t>(1, prefill_limit));
+  const StepWork decodes = plan.work;
   for (const std::shared_ptr<Sequence>& sequence : running_) {
     if (budget == 0) break;
     if (Decodes(*sequence)) continue;
     // A token that came while it waited may have no page yet; it is decoded then.
     const int64_t room = static_cast<int64_t>(sequence->pages.size()) * cache_.page_size() - sequence->planned;
-    const int64_t count = std::min({budget, Ready(*sequence, step), room});
+    int64_t count = std::min({budget, Ready(*sequence, step), room});
     if (count <= 0) continue;
+    if (decodes.tokens > 0) {
+      const int64_t least = plan.work.tokens == decodes.tokens ? 1 : 0;  // prompts go on, however slow
+      count = std::min(count, std::max(least, times.PrefillLimit(decodes, plan.work, sequence->planned)));
+      if (count == 0) break;
+    }
+    plan.work.Add(sequence->planned, count);
     planned.push_back({sequence, count});
     budget -= count;
   }
