@@ -667,6 +667,7 @@ void EngineImpl::UpdateLoad() {
   kernels::MutexLock lock(mutex_);
   load_.running = scheduler_.running();
   load_.waiting = scheduler_.waiting();
+  load_.preempted = scheduler_.preempted();
   load_.waiting_tokens = scheduler_.waiting_tokens();
   load_.kv_pages_total = cache_.total();
   load_.kv_pages_used = cache_.used();

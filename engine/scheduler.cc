@@ -74,6 +74,7 @@ bool Scheduler::TakeUp(const std::shared_ptr<Sequence>& sequence) {
   if (s.preemptions == 0) s.cached_tokens = s.planned;
   s.leader = nullptr;
   waiting_tokens_ -= s.waits_with;
+  preempted_ -= s.preemptions > 0 ? 1 : 0;
   return true;
 }
 
@@ -118,6 +119,7 @@ void Scheduler::Preempt(Queue::iterator victim) {
   s.planned = 0;
   ++s.preemptions;
   ++preemptions_;
+  ++preempted_;
   Wait(sequence);
 }
 
@@ -294,6 +296,7 @@ void Scheduler::RemoveIf(const std::function<bool(const std::shared_ptr<Sequence
     if (!visit(sequence)) return false;
     sequence->ended = true;
     waiting_tokens_ -= sequence->waits_with;
+    preempted_ -= sequence->preemptions > 0 ? 1 : 0;
     return true;
   });
 }

@@ -66,6 +66,7 @@ class Scheduler {
 
   int running() const { return static_cast<int>(running_.size()); }
   int waiting() const { return static_cast<int>(waiting_.size()); }
+  int preempted() const { return preempted_; }                // of those that wait
   int64_t waiting_tokens() const { return waiting_tokens_; }  // known of those that wait
   int64_t preemptions() const { return preemptions_; }        // since the start
 
@@ -94,6 +95,7 @@ class Scheduler {
   std::vector<int32_t> page_copies_;  // of the next step
   int64_t next_order_ = 0;
   int64_t preemptions_ = 0;
+  int preempted_ = 0;
 };
 
 }  // namespace memserve::engine

@@ -122,6 +122,7 @@ TEST_F(SchedulerTest, AHigherPriorityGoesFirstAndMakesRoom) {
   EXPECT_EQ(low->planned, 0);
   EXPECT_TRUE(low->pages.empty());
   EXPECT_EQ(scheduler_.preemptions(), 1);
+  EXPECT_EQ(scheduler_.preempted(), 1);
   EXPECT_EQ(scheduler_.waiting(), 2) << "the older of equal priority waits before the newer: it does not fit";
 }
 
@@ -371,6 +372,7 @@ void RunModel(int seed, int events) {
     while (!alive.empty()) remove(alive.back());
     EXPECT_EQ(cache.used(), 0);
     EXPECT_EQ(scheduler.waiting_tokens(), 0);
+    EXPECT_EQ(scheduler.preempted(), 0);
   }
 }
 
