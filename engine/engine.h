@@ -73,6 +73,8 @@ struct Load {
   int64_t completion_tokens = 0;
   int64_t cached_tokens = 0;    // of prompts, taken from the prefix cache
   int64_t preemptions = 0;
+  int64_t draft_tokens = 0;     // guessed
+  int64_t accepted_draft_tokens = 0;
   absl::Duration last_step;
   bool draining = false;
 };

@@ -121,7 +121,7 @@ INSTANTIATE_TEST_SUITE_P(Cases, GoldenEngineTest, ::testing::ValuesIn(memserve::
 // Requests that differ in all that may be set, for the promise "same request, same answer".
 std::vector<GenerateRequest> VariedRequests(const GoldenCase& golden) {
   std::vector<GenerateRequest> requests;
-  for (int i = 0; i < 24; ++i) {
+  for (int i = 0; i < 60; ++i) {
     const std::vector<int32_t>& tokens = golden.sequences[i % golden.sequences.size()].tokens;
     GenerateRequest request = GreedyRequest(std::vector<int32_t>(tokens.begin(), tokens.begin() + 1 + i * 7 % static_cast<int>(tokens.size())),
                                             3 + i * 5 % 40);
@@ -141,9 +141,30 @@ std::vector<GenerateRequest> VariedRequests(const GoldenCase& golden) {
     if (i % 6 == 4) request.sampling.logit_bias = {{7, 2.5f}, {9, -3.0f}};
     if (i % 6 == 5) request.sampling.typical_p = 0.8f;
     if (i % 7 == 3) request.top_logprobs = 1 + i % 5;
+    if (i % 8 == 2) request.prompt_logprobs = i % 3;
+    if (i % 9 == 4) request.logprob_token_ids = {3, i, 2 * i};
+    if (i % 10 == 6) request.sampling.allowed_token_ids = {20, 21, 22, 23};
+    if (i % 11 == 5) request.sampling.banned_token_ids = {17, 18};
+    if (i % 12 == 7) request.stop.strings = {"st", "zz"};
+    if (i % 2 == 0) request.speculation = SpeculationParams{.max_draft_tokens = 1 + i % 9, .min_ngram = 1 + i % 2};
     requests.push_back(std::move(request));
   }
   return requests;
+}
+
+// All that is told beside the tokens themselves.
+std::vector<float> LogprobsBeside(const Generated& generated) {
+  std::vector<float> all;
+  const auto add_top = [&](const std::vector<std::vector<TokenLogprob>>& lists) {
+    for (const std::vector<TokenLogprob>& top : lists) {
+      for (const TokenLogprob& one : top) all.insert(all.end(), {static_cast<float>(one.token_id), one.logprob});
+    }
+  };
+  add_top(generated.top_logprobs);
+  for (const std::vector<float>& chosen : generated.chosen_logprobs) all.insert(all.end(), chosen.begin(), chosen.end());
+  for (const PromptDelta& delta : generated.prompt) all.insert(all.end(), delta.logprobs.begin(), delta.logprobs.end());
+  for (const PromptDelta& delta : generated.prompt) add_top(delta.top_logprobs);
+  return all;
 }
 
 std::vector<Generated> OneByOne(Engine& engine, const std::vector<GenerateRequest>& requests) {
@@ -177,7 +198,10 @@ TEST_P(InvarianceTest, AnswersDependOnTheRequestAlone) {
   options.activation_dtype = variation.activation_dtype;
   options.threads = 1;
   std::vector<GenerateRequest> uncached = requests;
-  for (GenerateRequest& request : uncached) request.scheduling.prefix_cache = false;
+  for (GenerateRequest& request : uncached) {
+    request.scheduling.prefix_cache = false;
+    request.speculation.reset();
+  }
   const std::vector<Generated> expected = OneByOne(*Start(options), uncached);
   for (const Generated& generated : expected) ASSERT_TRUE(generated.finished.ok()) << generated.finished.status();
 
@@ -197,6 +221,7 @@ TEST_P(InvarianceTest, AnswersDependOnTheRequestAlone) {
       EXPECT_EQ(found[i].token_ids, expected[i].token_ids) << "request " << i << ", cache " << cache;
       EXPECT_EQ(found[i].logprobs, expected[i].logprobs) << "request " << i << ", cache " << cache;
       EXPECT_EQ(found[i].text, expected[i].text) << "request " << i << ", cache " << cache;
+      EXPECT_EQ(LogprobsBeside(found[i]), LogprobsBeside(expected[i])) << "request " << i << ", cache " << cache;
     }
   }
   ExpectNoPagesLeft(*engine);
@@ -204,6 +229,10 @@ TEST_P(InvarianceTest, AnswersDependOnTheRequestAlone) {
     EXPECT_GT(engine->load().preemptions, 0);
   } else {
     EXPECT_GT(engine->load().cached_tokens, 0) << "the second time prompts are found";
+  }
+  // Small steps leave no room for guesses.
+  if (variation.max_batch_tokens == 512 && variation.max_sequences == 64) {
+    EXPECT_GT(engine->load().accepted_draft_tokens, 0);
   }
 }
 
