@@ -16,7 +16,8 @@ absl::StatusOr<std::unique_ptr<Rank>> Rank::Build(const ModelConfig& config, con
   std::unique_ptr<Rank> rank(new Rank);
   rank->config_ = &config;
   rank->options_ = options;
-  const ModelLimits limits = {.max_tokens = options.max_tokens, .max_positions = options.max_context_tokens, .count_rows = options.count_rows};
+  const ModelLimits limits = {
+      .max_tokens = options.max_tokens, .max_positions = options.max_context_tokens, .count_rows = options.count_rows};
   LOAD_OR_RETURN(rank->model_, Transformer::Load(config, shard, checkpoint, limits, loader, workspace, backend));
 
   const int64_t tokens = options.max_tokens;
@@ -127,8 +128,10 @@ std::vector<bool> Rank::SpreadKnn(const Batch& batch) {
     }
     for (int64_t t = 0; t < tokens; ++t) token_knn_[m * tokens + t] = knn[batch.sequence[t]];
     const bool on = std::any_of(knn.begin(), knn.end(), [](int32_t rows_of) { return rows_of > 0; });
-    if (rows == layers) memory_on[m] = on;
-    else memory_on.assign(layers, on);
+    if (rows == layers)
+      memory_on[m] = on;
+    else
+      memory_on.assign(layers, on);
   }
   return memory_on;
 }

@@ -45,7 +45,8 @@ absl::Status Validate(const ReadRowsRequest& request, const ModelConfig& config)
 
 absl::Status Validate(const RowStatsRequest& request, const ModelConfig& config) {
   if (absl::Status s = CheckLayer(request.layer, config.memory); !s.ok()) return s;
-  if (request.top < 0 || request.top > kMaxTopRows) return Bad("top", absl::StrCat(request.top, " is not in [0, ", kMaxTopRows, "]"));
+  if (request.top < 0 || request.top > kMaxTopRows)
+    return Bad("top", absl::StrCat(request.top, " is not in [0, ", kMaxTopRows, "]"));
   if (request.rows.size() > kMaxCountedRows) {
     return Bad("rows", absl::StrCat("has ", request.rows.size(), " rows; at most ", kMaxCountedRows, " are accepted"));
   }
@@ -62,7 +63,8 @@ RowStatsScan::RowStatsScan(RowStatsRequest request, int64_t table_rows) : reques
   stats_.counts.resize(request_.rows.size());
 }
 
-// Candidates for the top are gathered and cut back now and then, which is cheaper than a heap where later rows are read more and more.
+// Candidates for the top are gathered and cut back now and then, which is cheaper than a heap where later rows are read more and
+// more.
 void RowStatsScan::Add(absl::Span<const uint32_t> counts) {
   constexpr size_t kCandidates = 8;  // times as many as are asked for
   for (size_t i = 0; i < counts.size(); ++i) {

@@ -382,7 +382,8 @@ v1::RowStatsResponse ToProto(const engine::RowStats& stats, const v1::RowStatsRe
   return response;
 }
 
-absl::StatusOr<engine::GenerateRequest> ToEngine(const v1::TraceRequest& request, const engine::ModelInfo& model, absl::Time deadline) {
+absl::StatusOr<engine::GenerateRequest> ToEngine(const v1::TraceRequest& request, const engine::ModelInfo& model,
+                                                 absl::Time deadline) {
   v1::GenerateRequest generate;
   if (request.has_request_id()) generate.set_request_id(request.request_id());
   if (request.has_model()) generate.set_model(request.model());

@@ -42,8 +42,9 @@ void SelectBags(const SelectBagsArgs& args) {
   }
 }
 
-// Counters are fetched ahead: in a large table nearly each is a miss of its own. One thread alone: two would have to agree on whose counter
-// is whose, which costs more than it saves (`memserve-bench count`: 10 ns a read in parts of the table, less than 4 ns like this).
+// Counters are fetched ahead: in a large table nearly each is a miss of its own. One thread alone: two would have to agree on whose
+// counter is whose, which costs more than it saves (`memserve-bench count`: 10 ns a read in parts of the table, less than 4 ns like
+// this).
 void CountRows(const CountRowsArgs& args) {
   constexpr int64_t kRun = 64;
   constexpr int64_t kCached = 256 << 10;  // bytes of counters that stay near
@@ -52,7 +53,8 @@ void CountRows(const CountRowsArgs& args) {
   const int32_t* const rows = args.rows.data;
   uint32_t* const counts = args.counts.data;
   const auto fetch = [&](int64_t begin) {
-    for (int64_t i = begin; i < std::min(begin + kRun, entries); ++i) __builtin_prefetch(counts + rows[i], 1);  // of no row: harmless
+    for (int64_t i = begin; i < std::min(begin + kRun, entries); ++i)
+      __builtin_prefetch(counts + rows[i], 1);  // of no row: harmless
   };
   bool good = true;
   if (far) fetch(0);

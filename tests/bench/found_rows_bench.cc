@@ -20,8 +20,8 @@ void BenchCount() {
   }
 }
 
-// What the engine thread does between two steps while somebody asks for row counts: a slice is copied and gone through. The worst is a
-// table whose later rows are read more and more, the usual one that of random reads.
+// What the engine thread does between two steps while somebody asks for row counts: a slice is copied and gone through. The worst
+// is a table whose later rows are read more and more, the usual one that of random reads.
 void BenchRowStats() {
   Bench bench("row_stats");
   constexpr int64_t kRows = engine::RowStatsScan::kSliceRows;
@@ -31,8 +31,8 @@ void BenchRowStats() {
     const auto counts = bench.New<uint32_t, 1>({kRows}, values);
     std::vector<uint32_t> slice(kRows);
     bench.Report(
-        absl::StrFormat("a slice of %d rows, top 1000, %s counts", kRows, rising ? "rising" : "random"), 1, 1.0 * kRows * sizeof(uint32_t), 0,
-        [](int64_t) {},
+        absl::StrFormat("a slice of %d rows, top 1000, %s counts", kRows, rising ? "rising" : "random"), 1,
+        1.0 * kRows * sizeof(uint32_t), 0, [](int64_t) {},
         [&](int64_t) {
           engine::RowStatsScan scan({.top = 1000}, kRows);
           bench.backend().CopyToHost(slice.data(), counts.view.data, kRows * static_cast<int64_t>(sizeof(uint32_t)));
@@ -47,7 +47,8 @@ void BenchSelectBags() {
   const int64_t bag = ShapeOf(FLAGS_bag, 128);
   for (int64_t batch : bench.batches()) {
     const int64_t selected = (batch + 7) / 8;
-    const auto rows = bench.New<int32_t, 2>({batch, bag}, bench.Indices(batch * bag, 1 << 20)), out_rows = bench.New<int32_t, 2>({selected, bag});
+    const auto rows = bench.New<int32_t, 2>({batch, bag}, bench.Indices(batch * bag, 1 << 20)),
+               out_rows = bench.New<int32_t, 2>({selected, bag});
     const auto weights = bench.New<float, 2>({batch, bag}), out_weights = bench.New<float, 2>({selected, bag});
     const auto tokens = bench.New<int32_t, 1>({selected}, bench.Indices(selected, batch));
     bench.Report(

@@ -105,25 +105,27 @@ void BenchModel() {
     }
     const double tokens_per_second = static_cast<double>(streams * decode) / Median(wall);
     if (absl::GetFlag(FLAGS_json)) {
-      std::printf("%s\n", absl::StrFormat(R"({"name": "model", "batch": %d, "prompt": %d, "decode": %d, "median_seconds": %.9g, )"
-                                          R"("min_seconds": %.9g, "max_seconds": %.9g, "tokens_per_second": %.6g, "token_seconds": %.9g})",
-                                          streams, prompt, decode, Median(wall), *std::min_element(wall.begin(), wall.end()),
-                                          *std::max_element(wall.begin(), wall.end()), tokens_per_second, Median(decoding))
-                              .c_str());
+      std::printf("%s\n",
+                  absl::StrFormat(R"({"name": "model", "batch": %d, "prompt": %d, "decode": %d, "median_seconds": %.9g, )"
+                                  R"("min_seconds": %.9g, "max_seconds": %.9g, "tokens_per_second": %.6g, "token_seconds": %.9g})",
+                                  streams, prompt, decode, Median(wall), *std::min_element(wall.begin(), wall.end()),
+                                  *std::max_element(wall.begin(), wall.end()), tokens_per_second, Median(decoding))
+                      .c_str());
     } else {
-      std::printf("%s\n", absl::StrFormat("model %s, %d streams, prompt %d, decode %d: %.0f tokens/s, %.1f µs a token of one stream "
-                                          "(%.1f … %.1f)",
-                                          engine->model().name, streams, prompt, decode, tokens_per_second, Median(decoding) * 1e6,
-                                          *std::min_element(decoding.begin(), decoding.end()) * 1e6,
-                                          *std::max_element(decoding.begin(), decoding.end()) * 1e6)
-                              .c_str());
+      std::printf("%s\n",
+                  absl::StrFormat("model %s, %d streams, prompt %d, decode %d: %.0f tokens/s, %.1f µs a token of one stream "
+                                  "(%.1f … %.1f)",
+                                  engine->model().name, streams, prompt, decode, tokens_per_second, Median(decoding) * 1e6,
+                                  *std::min_element(decoding.begin(), decoding.end()) * 1e6,
+                                  *std::max_element(decoding.begin(), decoding.end()) * 1e6)
+                      .c_str());
     }
     std::fflush(stdout);
   }
 }
 
-// Two engines side by side, one of which counts the rows that are read, in turns; the fastest run of each tells what it takes. Where their
-// memory came to lie makes a difference of some per cent, so each round has engines of its own.
+// Two engines side by side, one of which counts the rows that are read, in turns; the fastest run of each tells what it takes.
+// Where their memory came to lie makes a difference of some per cent, so each round has engines of its own.
 void BenchCounting() {
   constexpr int kRuns = 7;
   const int64_t prompt = absl::GetFlag(FLAGS_prompt), decode = absl::GetFlag(FLAGS_decode);
@@ -148,11 +150,13 @@ void BenchCounting() {
       without.push_back(fastest[1]);
       ratios.push_back(fastest[0] / fastest[1]);
     }
-    std::printf("%s\n", absl::StrFormat("counting %s, %d streams, prompt %d, decode %d: %.3f ms with, %.3f ms without; ratio %.4f (%.4f … %.4f)",
-                                        absl::GetFlag(FLAGS_checkpoint), streams, prompt, decode, Median(with) * 1e3, Median(without) * 1e3,
-                                        Median(ratios), *std::min_element(ratios.begin(), ratios.end()),
-                                        *std::max_element(ratios.begin(), ratios.end()))
-                            .c_str());
+    std::printf(
+        "%s\n",
+        absl::StrFormat("counting %s, %d streams, prompt %d, decode %d: %.3f ms with, %.3f ms without; ratio %.4f (%.4f … %.4f)",
+                        absl::GetFlag(FLAGS_checkpoint), streams, prompt, decode, Median(with) * 1e3, Median(without) * 1e3,
+                        Median(ratios), *std::min_element(ratios.begin(), ratios.end()),
+                        *std::max_element(ratios.begin(), ratios.end()))
+            .c_str());
     std::fflush(stdout);
   }
 }
