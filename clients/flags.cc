@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <charconv>
+#include <fstream>
+#include <iterator>
 #include <utility>
 
 namespace memserve::clients {
@@ -109,6 +111,21 @@ Flags::Parse Into(std::vector<int32_t>& values) {
       if (*after != ',') return false;
       at = after + 1;
     }
+  };
+}
+
+Flags::Parse IntoContent(std::optional<std::string>& value) {
+  return [&value](const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    value = std::string(std::istreambuf_iterator<char>(file), {});
+    return file.good();
+  };
+}
+
+Flags::Parse Into(std::optional<std::string>& value) {
+  return [&value](const std::string& text) {
+    value = text;
+    return true;
   };
 }
 

@@ -38,6 +38,10 @@ struct Options {
   std::vector<std::string> stop;
   std::optional<bool> ignore_eos;
 
+  std::optional<std::string> json_schema, regex, grammar;  // contents
+  bool any_json = false;
+  std::vector<std::string> choice;
+
   bool logprobs = false;
   bool trace = false;                    // complete: the rows that fired
   std::optional<int32_t> trace_entries;  // and of trace: for each memory head

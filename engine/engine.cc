@@ -24,6 +24,7 @@
 #include "engine/scheduler.h"
 #include "engine/start_plan.h"
 #include "engine/step_times.h"
+#include "engine/structured/grammar_compiler.h"
 #include "engine/tokenizer/tokenizer.h"
 #include "engine/validate.h"
 #include "engine/work_queue.h"
@@ -58,6 +59,9 @@ absl::Status TryLater(absl::string_view message, absl::Duration wait) {
   SetRetryAfter(wait, &status);
   return status;
 }
+
+// A compiled grammar as its worker sends it: it is read in this process, and takes several times as much.
+constexpr int64_t kMostGrammarBytes = 16 << 20;
 
 std::string FolderName(std::string folder) {
   while (folder.size() > 1 && folder.back() == '/') folder.pop_back();
@@ -109,6 +113,7 @@ ModelInfo Describe(const EngineOptions& options, const CheckpointFolder& loaded,
     if (!info.bos_token_id) info.bos_token_id = loaded.tokenizer->bos_id();
   }
   info.tokenizer = loaded.tokenizer == nullptr ? "none" : std::string(loaded.tokenizer->name());
+  info.structured = loaded.tokenizer != nullptr && StructuredOutputIsBuilt();
   info.chat = loaded.chat_template.ok();
   info.backend = executor.first_rank().backend().name();
   info.isa = executor.first_rank().backend().isa();
@@ -183,6 +188,15 @@ class EngineImpl final : public Engine {
                .memory = config_.memory};
     output_ = std::make_unique<WorkQueue>(kOutputThreads, kOutputRest);
     tokenizing_ = std::make_unique<WorkQueue>(options_.tokenizer_threads);
+    if (tokenizer_ != nullptr && StructuredOutputIsBuilt()) {
+      grammars_ = std::make_unique<GrammarCompiler>(
+          GrammarCompilerOptions{.worker = options_.grammar_worker,
+                                 .timeout = absl::Milliseconds(options_.grammar_timeout_ms),
+                                 .memory_bytes = options_.grammar_memory_bytes,
+                                 .most_bytes = kMostGrammarBytes,
+                                 .cache_bytes = options_.grammar_cache_bytes},
+          [this] { return BytesOfTokens(); });
+    }
     counted_since_.assign(info_.value_tables.size(), absl::Now());
     UpdateLoad();
     thread_ = std::thread([this] { Run(); });
@@ -194,6 +208,7 @@ class EngineImpl final : public Engine {
       draining_ = true;
     }
     EndAll(absl::StatusCode::kUnavailable);
+    grammars_.reset();
     tokenizing_.reset();
     {
       kernels::MutexLock lock(mutex_);
@@ -247,11 +262,16 @@ class EngineImpl final : public Engine {
   absl::StatusOr<std::vector<int32_t>> TokensOf(const Prompt& prompt, std::optional<bool> add_bos, bool allow_special) const;
   absl::StatusOr<std::vector<int32_t>> TokensWithContinuation(const ScoreRequest& request, const std::vector<int32_t>& context,
                                                               const Prompt& continuation) const;
-  absl::StatusOr<std::shared_ptr<Sequence>> BuildSequence(const GenerateRequest& request, std::shared_ptr<RequestControl> control,
-                                                          std::shared_ptr<GenerateListener> listener);
+  // `grammar` is null where the request asks for none.
+  absl::StatusOr<std::shared_ptr<Sequence>> BuildSequence(const GenerateRequest& request, std::shared_ptr<const Grammar> grammar,
+                                                          std::shared_ptr<RequestControl> control, std::shared_ptr<GenerateListener> listener);
+  absl::Status CheckGrammar(const GenerateRequest& request, Sequence& sequence) const;
+  std::vector<std::string> BytesOfTokens() const;
   absl::StatusOr<std::vector<std::shared_ptr<Sequence>>> BuildSequences(const ScoreRequest& request,
                                                                         std::shared_ptr<RequestControl> control, ScoreCallback callback);
   absl::Status CheckFits(const Sequence& sequence) const;
+  absl::Status TooSlow(const std::string& field) const;
+  bool IsEos(int32_t id) const { return std::find(info_.eos_token_ids.begin(), info_.eos_token_ids.end(), id) != info_.eos_token_ids.end(); }
   absl::Status CheckAdmission(int64_t prompt_tokens, absl::Time deadline) const;
   std::shared_ptr<const std::string> ChainRoot(const SchedulingParams& scheduling, const SequenceMemory& memory, const std::string& id) const;
 
@@ -313,6 +333,8 @@ class EngineImpl final : public Engine {
   absl::Duration between_ends_ ABSL_GUARDED_BY(mutex_);   // of requests, about
   absl::Time last_end_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();
 
+  const absl::Duration grammar_mask_timeout_ = absl::Milliseconds(options_.grammar_mask_timeout_ms);
+  std::unique_ptr<GrammarCompiler> grammars_;  // null: no tokenizer, or not built
   std::unique_ptr<WorkQueue> output_;
   std::unique_ptr<WorkQueue> tokenizing_;
   std::thread thread_;
@@ -382,18 +404,47 @@ std::string EngineImpl::Generate(GenerateRequest request, std::shared_ptr<Genera
   if (absl::Status s = Validate(request, limits_); !s.ok()) return refuse(s);
   absl::StatusOr<std::shared_ptr<RequestControl>> control = Register(request.id, request.deadline);
   if (!control.ok()) return refuse(control.status());
-  tokenizing_->Add([this, request = std::move(request), control = *control, listener = std::move(listener)]() mutable {
-    absl::StatusOr<std::shared_ptr<Sequence>> sequence = BuildSequence(request, control, listener);
-    if (sequence.ok()) {
-      Submit({*std::move(sequence)});
-      return;
-    }
-    output_->Add([this, control, listener, status = sequence.status()] {
-      Unregister(control->id);
-      listener->OnFinished(status);
+  const std::string id = (*control)->id;
+  const auto shared = std::make_shared<const GenerateRequest>(std::move(request));
+  const auto build = [this, request = shared, control = *control,
+                      listener = std::move(listener)](absl::StatusOr<std::shared_ptr<const Grammar>> grammar) {
+    tokenizing_->Add([this, request, control, listener, grammar = std::move(grammar)] {
+      absl::Status status = grammar.status();
+      if (status.ok()) {
+        absl::StatusOr<std::shared_ptr<Sequence>> sequence = BuildSequence(*request, *grammar, control, listener);
+        if (sequence.ok()) return Submit({*std::move(sequence)});
+        status = sequence.status();
+      }
+      // While its grammar was compiled it may have ended for another reason.
+      if (control->end_code != 0) status = EndStatus(*control);
+      output_->Add([this, control, listener, status] {
+        Unregister(control->id);
+        listener->OnFinished(status);
+      });
     });
-  });
-  return (*control)->id;
+  };
+  if (!shared->structured) {
+    build(nullptr);
+    return id;
+  }
+  const auto wanted = [control = *control] {
+    if (absl::Now() >= control->deadline) control->End(absl::StatusCode::kDeadlineExceeded);
+    return control->end_code == 0;
+  };
+  grammars_->Compile(*shared->structured, wanted, build);
+  return id;
+}
+
+std::vector<std::string> EngineImpl::BytesOfTokens() const {
+  std::vector<std::string> bytes(config_.vocab_size);
+  for (int32_t id = 0; id < std::min(config_.vocab_size, tokenizer_->vocab_size()); ++id) {
+    if (!tokenizer_->IsSpecial(id)) bytes[id] = tokenizer_->TokenBytes(id);
+  }
+  // What ends is no text, although its tokenizer may say so.
+  for (const int32_t id : info_.eos_token_ids) {
+    if (id >= 0 && id < config_.vocab_size) bytes[id].clear();
+  }
+  return bytes;
 }
 
 std::string EngineImpl::Score(ScoreRequest request, ScoreCallback callback) {
@@ -582,7 +633,28 @@ std::shared_ptr<const std::string> EngineImpl::ChainRoot(const SchedulingParams&
   return std::make_shared<const std::string>(absl::StrCat(memory.Key(), " salt ", scheduling.cache_salt));
 }
 
+absl::Status EngineImpl::TooSlow(const std::string& field) const {
+  return absl::InvalidArgumentError(absl::StrCat(field, ": finding out what may come next took more than ",
+                                                 absl::FormatDuration(grammar_mask_timeout_), " for one token (--grammar_mask_timeout_ms)"));
+}
+
+// A request that could draw nothing, or nothing but the end, is none.
+absl::Status EngineImpl::CheckGrammar(const GenerateRequest& request, Sequence& sequence) const {
+  const std::string field = FieldOf(*request.structured);
+  const LogitRules::Match match = sequence.rules->MatchOf(sequence.tokens, sequence.prompt_tokens);
+  if (sequence.rules->slowest_match() > grammar_mask_timeout_) return TooSlow(field);
+  switch (match) {
+    case LogitRules::Match::kGoesOn:
+      return absl::OkStatus();
+    case LogitRules::Match::kComplete:
+      return absl::InvalidArgumentError(absl::StrCat(field, ": nothing but the empty text matches"));
+    default:
+      return absl::InvalidArgumentError(absl::StrCat(field, ": no token that may be drawn begins a match"));
+  }
+}
+
 absl::StatusOr<std::shared_ptr<Sequence>> EngineImpl::BuildSequence(const GenerateRequest& request,
+                                                                    std::shared_ptr<const Grammar> grammar,
                                                                     std::shared_ptr<RequestControl> control,
                                                                     std::shared_ptr<GenerateListener> listener) {
   auto sequence = std::make_shared<Sequence>();
@@ -610,7 +682,25 @@ absl::StatusOr<std::shared_ptr<Sequence>> EngineImpl::BuildSequence(const Genera
   s.top_p = request.sampling.top_p.value_or(generation_.top_p.value_or(1.0f));
   s.seed = request.sampling.seed.has_value() ? *request.sampling.seed : RandomBits();
   s.memory = Resolve(request.memory, config_.memory);
-  s.rules = LogitRules::New(request.sampling, s.temperature, s.stop_ids, request.stop.min_tokens, config_.vocab_size);
+  const bool nothing_before = s.prompt_tokens == 1 && tokenizer_ != nullptr && tokenizer_->IsSpecial(s.tokens[0]);
+  LogitRules::GrammarRules grammar_rules;
+  if (grammar != nullptr) {
+    grammar_rules.matcher = grammar->NewMatcher();
+    if (grammar_rules.matcher == nullptr) return absl::InternalError("structured: no matcher for this grammar");
+    for (const int32_t id : s.stop_ids) {
+      if (tokenizer_->IsSpecial(id) || tokenizer_->TokenBytes(id).empty() || IsEos(id)) grammar_rules.end_ids.push_back(id);
+    }
+    // Where no text stands before it, a token may give other text than elsewhere.
+    for (int32_t id = 0; nothing_before && id < std::min(config_.vocab_size, tokenizer_->vocab_size()); ++id) {
+      bool still_first = false;
+      if (tokenizer_->FirstTokenBytes(id, &still_first) != tokenizer_->TokenBytes(id)) grammar_rules.not_first.push_back(id);
+    }
+  }
+  s.rules = LogitRules::New(request.sampling, s.temperature, s.stop_ids, request.stop.min_tokens, config_.vocab_size, std::move(grammar_rules));
+  if (grammar != nullptr) {
+    s.structured_field = FieldOf(*request.structured);
+    if (absl::Status status = CheckGrammar(request, s); !status.ok()) return status;
+  }
   s.top_logprobs = request.top_logprobs;
   if (request.memory_trace) {
     LOAD_OR_RETURN(s.trace, Resolve(*request.memory_trace, config_.memory, s.prompt_tokens, s.max_draws, options_.max_trace_entries));
@@ -620,7 +710,6 @@ absl::StatusOr<std::shared_ptr<Sequence>> EngineImpl::BuildSequence(const Genera
   if (absl::Status status = CheckFits(s); !status.ok()) return status;
   if (absl::Status status = CheckAdmission(s.prompt_tokens, request.deadline); !status.ok()) return status;
 
-  const bool nothing_before = s.prompt_tokens == 1 && tokenizer_ != nullptr && tokenizer_->IsSpecial(s.tokens[0]);
   s.output = std::make_shared<OutputStream>(
       OutputOptions{.tokenizer = tokenizer_.get(),
                     .stop_strings = request.stop.strings,
@@ -813,7 +902,18 @@ void EngineImpl::OnDrawn(const std::shared_ptr<Sequence>& sequence, const StepRe
     output->OnToken(token, logprob, std::move(top), std::move(traces), !stops);
   });
   const bool full = static_cast<int64_t>(s.tokens.size()) - s.prompt_tokens >= s.max_draws;
-  if (!stops && !full) return;
+  if (!stops && !full && !(s.rules != nullptr && s.rules->has_grammar())) return;
+  if (!stops && !full) {
+    const LogitRules::Match match = s.rules->MatchOf(s.tokens, s.prompt_tokens);
+    if (s.rules->slowest_match() > grammar_mask_timeout_) return End(sequence, {.status = TooSlow(s.structured_field)});
+    if (match == LogitRules::Match::kComplete) End(sequence, {.reason = FinishReason::kStop});
+    if (match == LogitRules::Match::kStuck) {
+      End(sequence, {.status = absl::InvalidArgumentError(absl::StrCat(
+                         s.structured_field, ": after ", static_cast<int64_t>(s.tokens.size()) - s.prompt_tokens,
+                         " tokens none that would match may be drawn"))});
+    }
+    return;
+  }
   EngineEnd end = {.reason = stops ? FinishReason::kStop : FinishReason::kLength};
   if (stops) end.stop_token_id = token;
   End(sequence, std::move(end));

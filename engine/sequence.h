@@ -50,6 +50,7 @@ struct Sequence {
   SequenceTrace trace;
   std::unique_ptr<LogitRules> rules;  // null: the logits stay as they are
   int32_t top_logprobs = 0;
+  std::string structured_field;       // for errors: that of the grammar, if there is one
 
   int32_t priority = 0;               // higher goes first
   // Is not taken up before this sequence has computed the prompt (or ended), so that its pages can be shared. May be null.

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "engine/structured/grammar.h"
 #include "engine/tokenizer/utf8.h"
 
 namespace memserve::engine {
@@ -167,6 +168,11 @@ absl::Status Validate(const GenerateRequest& request, const RequestLimits& limit
   }
   if (request.memory_trace) {
     if (absl::Status s = Validate(*request.memory_trace, limits.memory); !s.ok()) return s;
+  }
+  if (request.structured) {
+    if (!StructuredOutputIsBuilt()) return absl::UnimplementedError("structured: this server was built without structured output");
+    if (!limits.has_tokenizer) return absl::UnimplementedError("structured: the checkpoint has no tokenizer");
+    if (absl::Status s = Validate(*request.structured); !s.ok()) return s;
   }
   if (request.top_logprobs < 0 || request.top_logprobs > std::min<int64_t>(kMaxTopLogprobs, limits.vocab_size)) {
     return Bad("top_logprobs", absl::StrCat(request.top_logprobs, " is not in [0, ", std::min<int64_t>(kMaxTopLogprobs, limits.vocab_size), "]"));

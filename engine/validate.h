@@ -19,6 +19,8 @@ inline constexpr size_t kMaxSaltBytes = 256;
 inline constexpr int32_t kMaxPriority = 1000;
 inline constexpr size_t kMaxMessages = 4096;
 inline constexpr size_t kMaxRoleBytes = 64;
+inline constexpr size_t kMaxStructuredBytes = 64 << 10;
+inline constexpr size_t kMaxChoices = 1024;
 
 struct RequestLimits {
   int vocab_size = 0;

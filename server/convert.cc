@@ -101,6 +101,35 @@ engine::MemoryTraceParams ToMemoryTrace(const v1::MemoryTraceParams& params) {
   return trace;
 }
 
+absl::StatusOr<engine::StructuredOutput> ToStructured(const v1::StructuredOutput& message) {
+  using Kind = engine::StructuredOutput::Kind;
+  engine::StructuredOutput structured;
+  switch (message.output_case()) {
+    case v1::StructuredOutput::kJson:
+      if (!message.json()) return absl::InvalidArgumentError("structured.json is false; it must be true");
+      return structured;
+    case v1::StructuredOutput::kJsonSchema:
+      structured.kind = Kind::kJsonSchema;
+      structured.text = message.json_schema();
+      return structured;
+    case v1::StructuredOutput::kRegex:
+      structured.kind = Kind::kRegex;
+      structured.text = message.regex();
+      return structured;
+    case v1::StructuredOutput::kGrammar:
+      structured.kind = Kind::kGrammar;
+      structured.text = message.grammar();
+      return structured;
+    case v1::StructuredOutput::kChoice:
+      structured.kind = Kind::kChoice;
+      structured.choices.assign(message.choice().texts().begin(), message.choice().texts().end());
+      return structured;
+    case v1::StructuredOutput::OUTPUT_NOT_SET:
+      break;
+  }
+  return Missing("structured", "json, json_schema, regex, grammar or choice");
+}
+
 engine::SchedulingParams ToScheduling(const v1::SchedulingParams& params) {
   return {.priority = params.priority(),
           .prefix_cache = !params.has_prefix_cache() || params.prefix_cache(),
@@ -154,6 +183,11 @@ absl::StatusOr<engine::GenerateRequest> ToEngine(const v1::GenerateRequest& requ
   result.logprobs = request.output().logprobs();
   result.token_bytes = request.output().token_bytes();
   result.top_logprobs = request.output().top_logprobs();
+  if (request.has_structured()) {
+    absl::StatusOr<engine::StructuredOutput> structured = ToStructured(request.structured());
+    RETURN_IF_ERROR(structured.status());
+    result.structured = *std::move(structured);
+  }
   if (request.output().has_memory_trace()) result.memory_trace = ToMemoryTrace(request.output().memory_trace());
   result.deadline = deadline;
   return result;
@@ -251,6 +285,7 @@ v1::GetModelResponse ToProto(const engine::ModelInfo& model) {
   if (model.bos_token_id.has_value()) response.set_bos_token_id(*model.bos_token_id);
   response.set_tokenizer(model.tokenizer);
   response.set_chat(model.chat);
+  response.set_structured(model.structured);
   response.mutable_memory_layers()->Assign(model.memory_layers.begin(), model.memory_layers.end());
   response.set_memory_rows(model.memory_rows);
   response.set_mem_heads(model.mem_heads);
