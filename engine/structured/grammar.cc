@@ -1,5 +1,6 @@
 #include "engine/structured/grammar.h"
 
+#include <algorithm>
 #include <ctime>
 #include <exception>
 #include <new>
@@ -67,7 +68,7 @@ absl::Status NotBuilt() { return absl::UnimplementedError("structured: this serv
 
 absl::StatusOr<std::unique_ptr<GrammarVocabulary>> GrammarVocabulary::New(const std::vector<std::string>&) { return NotBuilt(); }
 absl::StatusOr<std::string> CompileGrammar(const GrammarVocabulary&, const StructuredOutput&) { return NotBuilt(); }
-absl::StatusOr<std::shared_ptr<const Grammar>> ReadGrammar(std::shared_ptr<const GrammarVocabulary>, const std::string&) {
+absl::StatusOr<std::shared_ptr<const Grammar>> ReadGrammar(std::shared_ptr<const GrammarVocabulary>, StructuredOutput::Kind, const std::string&) {
   return NotBuilt();
 }
 
@@ -107,14 +108,20 @@ absl::Status Guard(F&& run) {
 class Vocabulary final : public GrammarVocabulary {
  public:
   explicit Vocabulary(const std::vector<std::string>& tokens)
-      : info(tokens, xgrammar::VocabType::RAW, static_cast<int>(tokens.size()), std::vector<int32_t>()), text((tokens.size() + 31) / 32) {
+      : info(tokens, xgrammar::VocabType::RAW, static_cast<int>(tokens.size()), std::vector<int32_t>()),
+        text((tokens.size() + 31) / 32),
+        json_text(text.size()) {
     for (size_t id = 0; id < tokens.size(); ++id) {
-      if (!tokens[id].empty()) text[id / 32] |= 1u << (id % 32);
+      const auto is_control = [](char c) { return absl::ascii_iscntrl(c) && c != '\n' && c != '\x7f'; };
+      if (tokens[id].empty()) continue;
+      text[id / 32] |= 1u << (id % 32);
+      if (std::none_of(tokens[id].begin(), tokens[id].end(), is_control)) json_text[id / 32] |= 1u << (id % 32);
     }
   }
 
   const xgrammar::TokenizerInfo info;
-  std::vector<uint32_t> text;  // the tokens that stand for some
+  std::vector<uint32_t> text;       // the tokens that stand for some
+  std::vector<uint32_t> json_text;  // of those without control characters, which the library lets into JSON strings of bounded length
 };
 
 absl::Duration ThreadTime() {
@@ -125,8 +132,9 @@ absl::Duration ThreadTime() {
 
 class Matcher final : public GrammarMatcher {
  public:
-  Matcher(std::shared_ptr<const Vocabulary> vocabulary, const xgrammar::CompiledGrammar& grammar)
-      : vocabulary_(std::move(vocabulary)), matcher_(grammar) {}
+  // `text`: the vocabulary's tokens that may be drawn at all.
+  Matcher(std::shared_ptr<const Vocabulary> vocabulary, const std::vector<uint32_t>& text, const xgrammar::CompiledGrammar& grammar)
+      : vocabulary_(std::move(vocabulary)), text_(text), matcher_(grammar) {}
 
   bool MoveTo(absl::Span<const int32_t> drawn) override {
     size_t common = 0;
@@ -153,7 +161,7 @@ class Matcher final : public GrammarMatcher {
   const std::vector<uint32_t>& Allowed() override {
     if (!allowed_.empty()) return allowed_;
     const absl::Duration begin = ThreadTime();
-    const std::vector<uint32_t>& text = vocabulary_->text;
+    const std::vector<uint32_t>& text = text_;
     std::vector<uint32_t> mask(text.size());
     int64_t shape[] = {static_cast<int64_t>(mask.size())};
     DLTensor tensor = {.data = mask.data(), .device = {kDLCPU, 0}, .ndim = 1, .dtype = xgrammar::GetBitmaskDLType(), .shape = shape};
@@ -171,10 +179,11 @@ class Matcher final : public GrammarMatcher {
 
  private:
   bool IsText(int32_t id) const {
-    return id >= 0 && static_cast<size_t>(id) / 32 < vocabulary_->text.size() && (vocabulary_->text[id / 32] >> (id % 32) & 1) != 0;
+    return id >= 0 && static_cast<size_t>(id) / 32 < text_.size() && (text_[id / 32] >> (id % 32) & 1) != 0;
   }
 
   const std::shared_ptr<const Vocabulary> vocabulary_;
+  const std::vector<uint32_t>& text_;
   xgrammar::GrammarMatcher matcher_;
   std::vector<int32_t> drawn_;
   std::vector<uint32_t> allowed_;  // after drawn_; empty: not known yet
@@ -184,17 +193,18 @@ class Matcher final : public GrammarMatcher {
 
 class Compiled final : public Grammar {
  public:
-  Compiled(std::shared_ptr<const Vocabulary> vocabulary, xgrammar::CompiledGrammar grammar)
-      : vocabulary_(std::move(vocabulary)), grammar_(std::move(grammar)), bytes_(static_cast<int64_t>(grammar_.MemorySizeBytes())) {}
+  Compiled(std::shared_ptr<const Vocabulary> vocabulary, bool json, xgrammar::CompiledGrammar grammar)
+      : vocabulary_(std::move(vocabulary)), json_(json), grammar_(std::move(grammar)), bytes_(static_cast<int64_t>(grammar_.MemorySizeBytes())) {}
   int64_t bytes() const override { return bytes_; }
   std::unique_ptr<GrammarMatcher> NewMatcher() const override {
     std::unique_ptr<GrammarMatcher> matcher;
-    const absl::Status status = Guard([&] { matcher = std::make_unique<Matcher>(vocabulary_, grammar_); });
+    const absl::Status status = Guard([&] { matcher = std::make_unique<Matcher>(vocabulary_, json_ ? vocabulary_->json_text : vocabulary_->text, grammar_); });
     return matcher;
   }
 
  private:
   const std::shared_ptr<const Vocabulary> vocabulary_;
+  const bool json_;
   const xgrammar::CompiledGrammar grammar_;
   const int64_t bytes_;
 };
@@ -205,7 +215,7 @@ std::string AlternativesOf(const std::vector<std::string>& choices) {
     absl::StrAppend(&grammar, i > 0 ? " | " : "", "\"");
     for (const char c : choices[i]) {
       if (c == '"' || c == '\\') absl::StrAppend(&grammar, "\\", std::string(1, c));
-      else if (absl::ascii_iscntrl(c)) absl::StrAppend(&grammar, "\\x", absl::Hex(static_cast<unsigned char>(c), absl::kZeroPad2));
+      else if (absl::ascii_iscntrl(c)) absl::StrAppend(&grammar, "\\u", absl::Hex(static_cast<unsigned char>(c), absl::kZeroPad4));
       else grammar += c;
     }
     grammar += '"';
@@ -291,7 +301,8 @@ absl::StatusOr<std::string> CompileGrammar(const GrammarVocabulary& vocabulary, 
   return compiled;
 }
 
-absl::StatusOr<std::shared_ptr<const Grammar>> ReadGrammar(std::shared_ptr<const GrammarVocabulary> vocabulary, const std::string& compiled) {
+absl::StatusOr<std::shared_ptr<const Grammar>> ReadGrammar(std::shared_ptr<const GrammarVocabulary> vocabulary, StructuredOutput::Kind kind,
+                                                           const std::string& compiled) {
   const auto typed = std::static_pointer_cast<const Vocabulary>(std::move(vocabulary));
   std::shared_ptr<const Grammar> grammar;
   const absl::Status status = Guard([&] {
@@ -299,7 +310,8 @@ absl::StatusOr<std::shared_ptr<const Grammar>> ReadGrammar(std::shared_ptr<const
     if (auto* error = std::get_if<xgrammar::SerializationError>(&read)) {
       throw std::runtime_error(std::visit([](const auto& e) { return std::string(e.what()); }, *error));
     }
-    grammar = std::make_shared<Compiled>(typed, std::get<xgrammar::CompiledGrammar>(std::move(read)));
+    const bool json = kind == StructuredOutput::Kind::kJson || kind == StructuredOutput::Kind::kJsonSchema;
+    grammar = std::make_shared<Compiled>(typed, json, std::get<xgrammar::CompiledGrammar>(std::move(read)));
   });
   if (!status.ok()) return absl::InternalError(status.message());
   return grammar;

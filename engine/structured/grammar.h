@@ -61,7 +61,8 @@ class Grammar {
 // cannot be parsed, or asks for what the library would ignore.
 absl::StatusOr<std::string> CompileGrammar(const GrammarVocabulary& vocabulary, const StructuredOutput& structured);
 
-// From what CompileGrammar gave for the same vocabulary.
-absl::StatusOr<std::shared_ptr<const Grammar>> ReadGrammar(std::shared_ptr<const GrammarVocabulary> vocabulary, const std::string& compiled);
+// From what CompileGrammar gave for the same vocabulary and kind.
+absl::StatusOr<std::shared_ptr<const Grammar>> ReadGrammar(std::shared_ptr<const GrammarVocabulary> vocabulary, StructuredOutput::Kind kind,
+                                                           const std::string& compiled);
 
 }  // namespace memserve::engine

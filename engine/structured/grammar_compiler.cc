@@ -117,7 +117,7 @@ absl::StatusOr<std::shared_ptr<const Grammar>> GrammarCompiler::CompileNow(const
   }
   switch (static_cast<GrammarAnswer>((*answer)[0])) {
     case GrammarAnswer::kCompiled:
-      return ReadGrammar(vocabulary_, answer->substr(1));
+      return ReadGrammar(vocabulary_, waiting.structured.kind, answer->substr(1));
     case GrammarAnswer::kTooLarge:
       worker_.reset();  // what it holds may be all that it may
       return absl::InvalidArgumentError(

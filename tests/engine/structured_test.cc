@@ -122,7 +122,10 @@ TEST_P(StructuredKindsTest, AnyJsonIsJson) {
   const std::unique_ptr<Engine> engine = Start(Options(GetParam()));
   const std::vector<std::string> texts = Texts(*engine, {.kind = Kind::kJson}, 60);
   EXPECT_GT(texts.size(), 5u);
-  for (const std::string& text : texts) EXPECT_TRUE(nlohmann::json::accept(text)) << text;
+  for (const std::string& text : texts) {
+    // Numbers may have exponents that no double holds.
+    EXPECT_TRUE(nlohmann::json::accept(std::regex_replace(text, std::regex("[eE][+-]?[0-9]+"), "e1"))) << text;
+  }
 }
 
 TEST_P(StructuredKindsTest, AGrammarMayNest) {
