@@ -34,8 +34,12 @@ struct Options {
   std::optional<float> top_p;
   std::optional<uint64_t> seed;
   std::optional<float> min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty;
-  std::optional<int32_t> min_tokens, top_logprobs;
-  std::vector<std::string> stop;
+  std::optional<int32_t> min_tokens, top_logprobs, prompt_logprobs;
+  std::vector<std::string> stop, bad_words;
+  bool include_stop = false;
+  bool echo = false;
+  std::optional<int32_t> n, best_of, truncate_prompt;
+  std::optional<int32_t> speculate;  // guesses in one step
   std::optional<bool> ignore_eos;
 
   std::optional<std::string> json_schema, regex, grammar;  // contents
@@ -52,6 +56,12 @@ struct Options {
   bool stats = false;
 
   std::optional<int32_t> count;  // of repeat
+
+  // Of load_test.
+  std::vector<double> concurrency, rates, load_factors;
+  std::optional<int32_t> requests, prompt_tokens, output_tokens, shared_prefix_tokens, long_prompt_tokens, streams;
+  std::optional<double> seconds, capacity, ttft_slo_ms, itl_slo_ms;
+  std::string prompts_file, json_file;
 
   bool chat = false;   // complete: the prompt is a user's message
   std::string system;  // the first message of a chat

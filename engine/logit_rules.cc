@@ -16,7 +16,8 @@ void AddMask(const std::vector<uint32_t>& mask, Batch& batch, kernels::LogitAdju
 }  // namespace
 
 std::unique_ptr<LogitRules> LogitRules::New(const SamplingParams& params, float temperature, const std::vector<int32_t>& stop_ids,
-                                            int32_t min_tokens, int vocab_size, GrammarRules grammar) {
+                                            int32_t min_tokens, std::vector<std::vector<int32_t>> bad_words, int vocab_size,
+                                            GrammarRules grammar) {
   std::unique_ptr<LogitRules> rules(new LogitRules);
   LogitRules& r = *rules;
   r.adjustment_ = {.repetition_penalty = params.repetition_penalty.value_or(1.0f),
@@ -35,6 +36,7 @@ std::unique_ptr<LogitRules> LogitRules::New(const SamplingParams& params, float 
     r.bias_tokens_.push_back(token);
     r.bias_values_.push_back(kBan);
   }
+  r.bad_words_ = std::move(bad_words);
   r.stop_ids_ = stop_ids;
   r.min_tokens_ = min_tokens;
   if (!params.allowed_token_ids.empty()) {
@@ -44,24 +46,35 @@ std::unique_ptr<LogitRules> LogitRules::New(const SamplingParams& params, float 
   r.banned_ = params.banned_token_ids;
   r.grammar_ = std::move(grammar);
   const bool cuts = temperature > 0 && (r.adjustment_.min_p > 0 || r.adjustment_.typical_p < 1);
-  if (!r.looks_back_ && !cuts && r.bias_tokens_.empty() && r.mask_.empty() && !r.has_grammar() && (min_tokens == 0 || stop_ids.empty())) return nullptr;
+  const bool bans = !r.bias_tokens_.empty() || !r.bad_words_.empty() || !r.mask_.empty() || (min_tokens > 0 && !stop_ids.empty());
+  if (!r.looks_back_ && !cuts && !bans && !r.has_grammar()) return nullptr;
   return rules;
 }
 
-// Brings the counts up to the last window of `tokens`, which only grows.
-void LogitRules::CountUpTo(absl::Span<const int32_t> tokens, int64_t prompt_tokens) {
-  const auto end = static_cast<int64_t>(tokens.size());
+void LogitRules::Add(int32_t token, bool drawn) {
+  Count& count = counts_[token];
+  ++count.seen;
+  count.drawn += drawn ? 1 : 0;
+}
+
+void LogitRules::TakeAway(int32_t token, bool drawn) {
+  const auto found = counts_.find(token);
+  found->second.drawn -= drawn ? 1 : 0;
+  if (--found->second.seen == 0) counts_.erase(found);
+}
+
+// Brings the counts to the window that ends at `end`.
+void LogitRules::CountWindow(absl::Span<const int32_t> tokens, int64_t end, int64_t prompt_tokens) {
   const int64_t begin = window_ > 0 ? std::max<int64_t>(0, end - window_) : 0;
-  for (; counted_end_ < end; ++counted_end_) {
-    Count& count = counts_[tokens[counted_end_]];
-    ++count.seen;
-    count.drawn += counted_end_ >= prompt_tokens ? 1 : 0;
-  }
-  for (; counted_begin_ < begin; ++counted_begin_) {
-    const auto found = counts_.find(tokens[counted_begin_]);
-    found->second.drawn -= counted_begin_ >= prompt_tokens ? 1 : 0;
-    if (--found->second.seen == 0) counts_.erase(found);
-  }
+  const auto drawn = [&](int64_t at) { return at >= prompt_tokens; };
+  for (; counted_end_ < end; ++counted_end_) Add(tokens[counted_end_], drawn(counted_end_));
+  for (; counted_begin_ > begin; --counted_begin_) Add(tokens[counted_begin_ - 1], drawn(counted_begin_ - 1));
+  for (; counted_end_ > end; --counted_end_) TakeAway(tokens[counted_end_ - 1], drawn(counted_end_ - 1));
+  for (; counted_begin_ < begin; ++counted_begin_) TakeAway(tokens[counted_begin_], drawn(counted_begin_));
+}
+
+void LogitRules::TakeBack(absl::Span<const int32_t> tokens, int64_t size, int64_t prompt_tokens) {
+  if (looks_back_) CountWindow(tokens, size, prompt_tokens);
 }
 
 std::vector<uint32_t> LogitRules::GrammarMask(int64_t drawn) {
@@ -90,7 +103,7 @@ void LogitRules::AddTo(Batch& batch, absl::Span<const int32_t> tokens, int64_t p
   kernels::LogitAdjustment adjustment = adjustment_;
   adjustment.seen_begin = static_cast<int32_t>(batch.seen_tokens.size());
   if (looks_back_) {
-    CountUpTo(tokens, prompt_tokens);
+    CountWindow(tokens, static_cast<int64_t>(tokens.size()), prompt_tokens);
     for (const auto& [token, count] : counts_) {
       batch.seen_tokens.push_back(token);
       batch.seen_counts.push_back(count.drawn);
@@ -104,11 +117,17 @@ void LogitRules::AddTo(Batch& batch, absl::Span<const int32_t> tokens, int64_t p
     batch.bias_tokens.insert(batch.bias_tokens.end(), stop_ids_.begin(), stop_ids_.end());
     batch.bias_values.insert(batch.bias_values.end(), stop_ids_.size(), kBan);
   }
+  const absl::Span<const int32_t> drawn = tokens.subspan(prompt_tokens);
+  for (const std::vector<int32_t>& word : bad_words_) {
+    const size_t before = word.size() - 1;
+    if (drawn.size() < before || !std::equal(word.begin(), word.end() - 1, drawn.end() - static_cast<int64_t>(before))) continue;
+    batch.bias_tokens.push_back(word.back());
+    batch.bias_values.push_back(kBan);
+  }
   adjustment.bias_end = static_cast<int32_t>(batch.bias_tokens.size());
-  const int64_t drawn = static_cast<int64_t>(tokens.size()) - prompt_tokens;
   // A draft that does not match is rejected by the slot before: what is drawn after it is of no account.
-  if (has_grammar() && grammar_.matcher->MoveTo(tokens.subspan(prompt_tokens))) {
-    std::vector<uint32_t> mask = GrammarMask(drawn);
+  if (has_grammar() && grammar_.matcher->MoveTo(drawn)) {
+    std::vector<uint32_t> mask = GrammarMask(static_cast<int64_t>(drawn.size()));
     for (const int32_t id : grammar_.end_ids) {
       const bool ends = grammar_.matcher->IsComplete() && (mask_.empty() || (mask_[id / 32] >> (id % 32) & 1) != 0);
       if (ends) mask[id / 32] |= 1u << (id % 32);

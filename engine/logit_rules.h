@@ -16,7 +16,7 @@ namespace memserve::engine {
 class LogitRules {
  public:
   // Null where the request changes nothing. Temperature, min_p, … as resolved against the checkpoint's defaults. `stop_ids` are banned
-  // until min_tokens are drawn. `grammar`, if given, allows the tokens that match it, and `end_ids` where what was drawn matches as it is;
+  // until min_tokens are drawn; the last token of a bad word after those before it. `grammar`, if given, allows the tokens that match it, and `end_ids` where what was drawn matches as it is;
   // never any of `not_first` as the first one.
   struct GrammarRules {
     std::unique_ptr<GrammarMatcher> matcher;  // null: no grammar
@@ -24,7 +24,8 @@ class LogitRules {
     std::vector<int32_t> not_first;
   };
   static std::unique_ptr<LogitRules> New(const SamplingParams& params, float temperature, const std::vector<int32_t>& stop_ids,
-                                         int32_t min_tokens, int vocab_size, GrammarRules grammar = {});
+                                         int32_t min_tokens, std::vector<std::vector<int32_t>> bad_words, int vocab_size,
+                                         GrammarRules grammar = {});
   bool has_grammar() const { return grammar_.matcher != nullptr; }
 
   // What the grammar says after these tokens.
@@ -37,8 +38,10 @@ class LogitRules {
   // The most that the grammar took for one token, of the time of the threads that asked.
   absl::Duration slowest_match() const { return grammar_.matcher->slowest(); }
 
-  // Adds the adjustment of the next slot to the batch. `tokens`: prompt and all that was drawn.
+  // Adds the adjustment of the slot after `tokens` to the batch: prompt and all that was drawn, or is guessed to be.
   void AddTo(Batch& batch, absl::Span<const int32_t> tokens, int64_t prompt_tokens);
+  // Takes back what `tokens` has beyond the first `size`.
+  void TakeBack(absl::Span<const int32_t> tokens, int64_t size, int64_t prompt_tokens);
 
  private:
   struct Count {
@@ -47,7 +50,9 @@ class LogitRules {
   };
 
   LogitRules() = default;
-  void CountUpTo(absl::Span<const int32_t> tokens, int64_t prompt_tokens);
+  void CountWindow(absl::Span<const int32_t> tokens, int64_t end, int64_t prompt_tokens);
+  void Add(int32_t token, bool drawn);
+  void TakeAway(int32_t token, bool drawn);
   // Of the tokens that may be drawn next by grammar and allowed_token_ids, after what the matcher has. Tokens that only end are not among
   // them.
   std::vector<uint32_t> GrammarMask(int64_t drawn);
@@ -57,6 +62,7 @@ class LogitRules {
   int64_t window_ = 0;
   std::vector<int32_t> bias_tokens_;
   std::vector<float> bias_values_;
+  std::vector<std::vector<int32_t>> bad_words_;
   std::vector<int32_t> stop_ids_;
   int32_t min_tokens_ = 0;
   std::vector<int32_t> banned_;

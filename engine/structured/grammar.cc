@@ -44,8 +44,8 @@ absl::Status Validate(const StructuredOutput& structured) {
     if (structured.text.find('\0') != std::string::npos) return Bad(structured, "has a byte 0");
     return absl::OkStatus();
   }
-  if (structured.choices.empty() || structured.choices.size() > kMaxChoices) {
-    return Bad(structured, absl::StrCat("has ", structured.choices.size(), " texts; 1 to ", kMaxChoices, " are accepted"));
+  if (structured.choices.empty() || structured.choices.size() > kMaxChoiceTexts) {
+    return Bad(structured, absl::StrCat("has ", structured.choices.size(), " texts; 1 to ", kMaxChoiceTexts, " are accepted"));
   }
   size_t bytes = 0;
   for (size_t i = 0; i < structured.choices.size(); ++i) {
