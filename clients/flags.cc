@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <charconv>
+#include <fstream>
+#include <iterator>
 #include <utility>
 
 namespace memserve::clients {
@@ -115,6 +117,21 @@ Flags::Parse Into(std::vector<std::string>& values) {
 
 Flags::Parse Into(std::vector<int32_t>& values) { return IntoNumbers(values); }
 Flags::Parse Into(std::vector<double>& values) { return IntoNumbers(values); }
+
+Flags::Parse IntoContent(std::optional<std::string>& value) {
+  return [&value](const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    value = std::string(std::istreambuf_iterator<char>(file), {});
+    return file.good();
+  };
+}
+
+Flags::Parse Into(std::optional<std::string>& value) {
+  return [&value](const std::string& text) {
+    value = text;
+    return true;
+  };
+}
 
 Flags::Parse Into(std::optional<bool>& value) {
   return [&value](const std::string& text) {

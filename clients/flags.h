@@ -45,6 +45,8 @@ Flags::Parse Into(std::vector<std::string>& values);
 Flags::Parse Into(std::vector<int32_t>& values);  // with commas between them; replaces
 Flags::Parse Into(std::vector<double>& values);   // likewise
 Flags::Parse Into(std::optional<bool>& value);  // on or off
+Flags::Parse Into(std::optional<std::string>& value);
+Flags::Parse IntoContent(std::optional<std::string>& value);  // of the file that is named
 Flags::Parse Into(std::optional<float>& value);
 Flags::Parse Into(std::optional<double>& value);
 Flags::Parse Into(std::optional<int32_t>& value);

@@ -75,6 +75,11 @@ Flags of complete, chat, repeat:
   --bad_word=TEXT                   never say this; may be repeated
   --speculate=N                     guess up to N tokens (at most 16) from what stands before, and verify them: the same answer
   --ignore_eos=on|off               go on after an end-of-sequence token (default off, of repeat: on)
+  --json_schema=FILE                the text is JSON that this schema describes
+  --any_json                        the text is any JSON
+  --regex=PATTERN                   the text matches this regular expression
+  --grammar=FILE                    the text is what this grammar (EBNF, root ::= ...) derives
+  --choice=TEXT                     the text is this one, or another that is given so; may be repeated
 
 Flags of complete, chat:
   --stats                           print counts and times to standard error (default: if that is a terminal)
@@ -128,6 +133,8 @@ Examples:
   memserve-client complete --temperature=0.8 --top_p=0.9 --seed=7 --max_tokens=40 "Once upon a time"
   memserve-client complete --memory=off --stats $'Q: What is the capital of Peru?\nA:' --stop=$'\n'
   echo "The chemical symbol of gold is" | memserve-client complete --json -
+  memserve-client complete --choice=yes --choice=no $'Q: Is Lima the capital of Peru?\nA: '
+  memserve-client complete --regex='[0-9]{4}' "The year is "
   memserve-client chat --system="You answer in one sentence."
   memserve-client score "The capital of France is" " Paris" " London"
   memserve-client trace --trace_entries=1 "The capital of Iceland is"
@@ -211,6 +218,11 @@ std::optional<std::string> ReadCommandLine(int argc, char** argv, Options& optio
   flags.Add("seed", "generate", "a whole number from 0 to 2^64-1", Into(options.seed));
   flags.Add("stop", "generate", "a text", Into(options.stop));
   flags.Add("ignore_eos", "generate", "on or off", Into(options.ignore_eos));
+  flags.Add("json_schema", "generate", "a file that can be read", IntoContent(options.json_schema));
+  flags.AddSwitch("any_json", "generate", options.any_json);
+  flags.Add("regex", "generate", "a regular expression", Into(options.regex));
+  flags.Add("grammar", "generate", "a file that can be read", IntoContent(options.grammar));
+  flags.Add("choice", "generate", "a text", Into(options.choice));
   flags.AddSwitch("logprobs", "complete", options.logprobs);
   flags.AddSwitch("stats", "stats", options.stats);
   flags.AddSwitch("chat", "complete", options.chat);

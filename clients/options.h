@@ -42,6 +42,10 @@ struct Options {
   std::optional<int32_t> speculate;  // guesses in one step
   std::optional<bool> ignore_eos;
 
+  std::optional<std::string> json_schema, regex, grammar;  // contents
+  bool any_json = false;
+  std::vector<std::string> choice;
+
   bool logprobs = false;
   bool trace = false;                    // complete: the rows that fired
   std::optional<int32_t> trace_entries;  // and of trace: for each memory head

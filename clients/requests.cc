@@ -155,6 +155,11 @@ v1::GenerateRequest ToGenerateRequest(const Options& options) {
     request.mutable_output()->set_logprobs(true);
     request.mutable_output()->set_token_bytes(true);
   }
+  if (options.json_schema) request.mutable_structured()->set_json_schema(*options.json_schema);
+  if (options.any_json) request.mutable_structured()->set_json(true);
+  if (options.regex) request.mutable_structured()->set_regex(*options.regex);
+  if (options.grammar) request.mutable_structured()->set_grammar(*options.grammar);
+  for (const std::string& text : options.choice) request.mutable_structured()->mutable_choice()->add_texts(text);
   if (options.trace) {
     v1::MemoryTraceParams& trace = *request.mutable_output()->mutable_memory_trace();
     if (options.trace_entries) trace.set_entries(*options.trace_entries);

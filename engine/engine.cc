@@ -18,6 +18,7 @@
 #include "engine/start_plan.h"
 #include "engine/start_report.h"
 #include "engine/step_times.h"
+#include "engine/structured/grammar_compiler.h"
 #include "engine/tokenizer/tokenizer.h"
 #include "engine/validate.h"
 #include "engine/work_queue.h"
@@ -38,6 +39,9 @@ absl::Status TryLater(absl::string_view message, absl::Duration wait) {
   SetRetryAfter(wait, &status);
   return status;
 }
+
+// A compiled grammar as its worker sends it: it is read in this process, and takes several times as much.
+constexpr int64_t kMostGrammarBytes = 16 << 20;
 
 class EngineImpl final : public Engine {
  public:
@@ -74,6 +78,15 @@ class EngineImpl final : public Engine {
                                     .info = info_,
                                     .kv_pages = cache_.total(),
                                     .kv_page_size = cache_.page_size()});
+    if (tokenizer_ != nullptr && StructuredOutputIsBuilt()) {
+      grammars_ = std::make_unique<GrammarCompiler>(
+          GrammarCompilerOptions{.worker = options_.grammar_worker,
+                                 .timeout = absl::Milliseconds(options_.grammar_timeout_ms),
+                                 .memory_bytes = options_.grammar_memory_bytes,
+                                 .most_bytes = kMostGrammarBytes,
+                                 .cache_bytes = options_.grammar_cache_bytes},
+          [this] { return BytesOfTokens(); });
+    }
     counted_since_.assign(info_.value_tables.size(), absl::Now());
     UpdateLoad();
     thread_ = std::thread([this] { Run(); });
@@ -85,6 +98,7 @@ class EngineImpl final : public Engine {
       draining_ = true;
     }
     EndAll(absl::StatusCode::kUnavailable);
+    grammars_.reset();
     tokenizing_.reset();
     {
       kernels::MutexLock lock(mutex_);
@@ -135,6 +149,7 @@ class EngineImpl final : public Engine {
   void Submit(std::vector<std::shared_ptr<Sequence>> sequences, int64_t new_tokens);
 
   // --- tokenizer threads
+  std::vector<std::string> BytesOfTokens() const;
   absl::Status Admit(absl::StatusOr<RequestBuilder::Built> built, absl::Time deadline, const std::function<void()>& before_it_runs);
   absl::Status CheckAdmission(int64_t prompt_tokens, absl::Time deadline) const;
 
@@ -200,6 +215,8 @@ class EngineImpl final : public Engine {
   absl::Duration between_ends_ ABSL_GUARDED_BY(mutex_);   // of requests, about
   absl::Time last_end_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();
 
+  const absl::Duration grammar_mask_timeout_ = absl::Milliseconds(options_.grammar_mask_timeout_ms);
+  std::unique_ptr<GrammarCompiler> grammars_;  // null: no tokenizer, or not built
   std::unique_ptr<WorkQueue> output_;
   std::unique_ptr<WorkQueue> tokenizing_;
   std::thread thread_;
@@ -267,20 +284,52 @@ std::string EngineImpl::Generate(GenerateRequest request, std::shared_ptr<Genera
   if (absl::Status s = Validate(request, limits_); !s.ok()) return refuse(s);
   absl::StatusOr<std::shared_ptr<RequestControl>> control = Register(request.id, request.deadline);
   if (!control.ok()) return refuse(control.status());
-  tokenizing_->Add([this, request = std::move(request), control = *control, listener = std::move(listener)]() mutable {
-    absl::StatusOr<RequestBuilder::Built> built = builder_->Build(request, control, listener, [this, control] { Unregister(control->id); });
-    std::vector<PromptDelta> echo;
-    if (request.echo && built.ok()) echo = EchoOf(built->sequences.front()->tokens, tokenizer_.get(), request.token_bytes);
-    const absl::Status status = Admit(std::move(built), request.deadline, [&] {
-      for (PromptDelta& part : echo) output_->Add([listener, part = std::move(part)]() mutable { listener->OnPrompt(std::move(part)); });
+  const std::string id = (*control)->id;
+  const auto shared = std::make_shared<const GenerateRequest>(std::move(request));
+  const auto build = [this, request = shared, control = *control,
+                      listener = std::move(listener)](absl::StatusOr<std::shared_ptr<const Grammar>> grammar) {
+    tokenizing_->Add([this, request, control, listener, grammar = std::move(grammar)] {
+      absl::Status status = grammar.status();
+      if (status.ok()) {
+        absl::StatusOr<RequestBuilder::Built> built =
+            builder_->Build(*request, *grammar, control, listener, [this, control] { Unregister(control->id); });
+        std::vector<PromptDelta> echo;
+        if (request->echo && built.ok()) echo = EchoOf(built->sequences.front()->tokens, tokenizer_.get(), request->token_bytes);
+        status = Admit(std::move(built), request->deadline, [&] {
+          for (PromptDelta& part : echo) output_->Add([listener, part = std::move(part)]() mutable { listener->OnPrompt(std::move(part)); });
+        });
+      }
+      if (status.ok()) return;
+      // While its grammar was compiled it may have ended for another reason.
+      if (control->end_code != 0) status = EndStatus(*control);
+      output_->Add([this, control, listener, status] {
+        Unregister(control->id);
+        listener->OnFinished(status);
+      });
     });
-    if (status.ok()) return;
-    output_->Add([this, control, listener, status] {
-      Unregister(control->id);
-      listener->OnFinished(status);
-    });
-  });
-  return (*control)->id;
+  };
+  if (!shared->structured) {
+    build(nullptr);
+    return id;
+  }
+  const auto wanted = [control = *control] {
+    if (absl::Now() >= control->deadline) control->End(absl::StatusCode::kDeadlineExceeded);
+    return control->end_code == 0;
+  };
+  grammars_->Compile(*shared->structured, wanted, build);
+  return id;
+}
+
+std::vector<std::string> EngineImpl::BytesOfTokens() const {
+  std::vector<std::string> bytes(config_.vocab_size);
+  for (int32_t id = 0; id < std::min(config_.vocab_size, tokenizer_->vocab_size()); ++id) {
+    if (!tokenizer_->IsSpecial(id)) bytes[id] = tokenizer_->TokenBytes(id);
+  }
+  // What ends is no text, although its tokenizer may say so.
+  for (const int32_t id : info_.eos_token_ids) {
+    if (id >= 0 && id < config_.vocab_size) bytes[id].clear();
+  }
+  return bytes;
 }
 
 std::string EngineImpl::Score(ScoreRequest request, ScoreCallback callback) {
@@ -574,7 +623,20 @@ void EngineImpl::OnDrawn(const std::shared_ptr<Sequence>& sequence, const StepRe
   }
   outputs_.push_back([output = s.output, drawn = std::move(drawn)]() mutable { output->OnToken(std::move(drawn)); });
   const bool full = static_cast<int64_t>(s.tokens.size()) - s.prompt_tokens >= s.max_draws;
-  if (!stops && !full) return;
+  if (!stops && !full && !(s.rules != nullptr && s.rules->has_grammar())) return;
+  if (!stops && !full) {
+    const LogitRules::Match match = s.rules->MatchOf(s.tokens, s.prompt_tokens);
+    if (s.rules->slowest_match() > grammar_mask_timeout_) {
+      End(sequence, {.status = GrammarTooSlow(s.structured_field, grammar_mask_timeout_)});
+    } else if (match == LogitRules::Match::kComplete) {
+      End(sequence, {.reason = FinishReason::kStop});
+    } else if (match == LogitRules::Match::kStuck) {
+      End(sequence, {.status = absl::InvalidArgumentError(absl::StrCat(
+                         s.structured_field, ": after ", static_cast<int64_t>(s.tokens.size()) - s.prompt_tokens,
+                         " tokens none that would match may be drawn"))});
+    }
+    return;
+  }
   EngineEnd end = {.reason = stops ? FinishReason::kStop : FinishReason::kLength};
   if (stops) end.stop_token_id = token;
   End(sequence, std::move(end));

@@ -49,6 +49,7 @@ struct ModelInfo {
   std::vector<int32_t> eos_token_ids;
   std::optional<int32_t> bos_token_id;
   std::string tokenizer;  // "sentencepiece", "bpe", "tiktoken", "bytes", "none"
+  bool structured = false;  // structured output can be asked for
   bool chat = false;      // whether there is a chat template
   std::string backend;
   std::string isa;

@@ -8,10 +8,16 @@ namespace {
 
 constexpr float kBan = -std::numeric_limits<float>::infinity();
 
+void AddMask(const std::vector<uint32_t>& mask, Batch& batch, kernels::LogitAdjustment& adjustment) {
+  adjustment.mask_row = static_cast<int32_t>(batch.masks.size() / mask.size());
+  batch.masks.insert(batch.masks.end(), mask.begin(), mask.end());
+}
+
 }  // namespace
 
 std::unique_ptr<LogitRules> LogitRules::New(const SamplingParams& params, float temperature, const std::vector<int32_t>& stop_ids,
-                                            int32_t min_tokens, std::vector<std::vector<int32_t>> bad_words, int vocab_size) {
+                                            int32_t min_tokens, std::vector<std::vector<int32_t>> bad_words, int vocab_size,
+                                            GrammarRules grammar) {
   std::unique_ptr<LogitRules> rules(new LogitRules);
   LogitRules& r = *rules;
   r.adjustment_ = {.repetition_penalty = params.repetition_penalty.value_or(1.0f),
@@ -37,8 +43,11 @@ std::unique_ptr<LogitRules> LogitRules::New(const SamplingParams& params, float 
     r.mask_.resize((vocab_size + 31) / 32);
     for (int32_t token : params.allowed_token_ids) r.mask_[token / 32] |= 1u << (token % 32);
   }
+  r.banned_ = params.banned_token_ids;
+  r.grammar_ = std::move(grammar);
   const bool cuts = temperature > 0 && (r.adjustment_.min_p > 0 || r.adjustment_.typical_p < 1);
-  if (!r.looks_back_ && !cuts && r.bias_tokens_.empty() && r.bad_words_.empty() && r.mask_.empty() && (min_tokens == 0 || stop_ids.empty())) return nullptr;
+  const bool bans = !r.bias_tokens_.empty() || !r.bad_words_.empty() || !r.mask_.empty() || (min_tokens > 0 && !stop_ids.empty());
+  if (!r.looks_back_ && !cuts && !bans && !r.has_grammar()) return nullptr;
   return rules;
 }
 
@@ -68,6 +77,28 @@ void LogitRules::TakeBack(absl::Span<const int32_t> tokens, int64_t size, int64_
   if (looks_back_) CountWindow(tokens, size, prompt_tokens);
 }
 
+std::vector<uint32_t> LogitRules::GrammarMask(int64_t drawn) {
+  std::vector<uint32_t> mask = grammar_.matcher->Allowed();
+  for (size_t i = 0; i < mask_.size(); ++i) mask[i] &= mask_[i];
+  if (drawn > 0) return mask;
+  for (const int32_t id : grammar_.not_first) mask[id / 32] &= ~(1u << (id % 32));
+  return mask;
+}
+
+LogitRules::Match LogitRules::MatchOf(absl::Span<const int32_t> tokens, int64_t prompt_tokens) {
+  const int64_t drawn = static_cast<int64_t>(tokens.size()) - prompt_tokens;
+  if (!grammar_.matcher->MoveTo(tokens.subspan(prompt_tokens))) return Match::kStuck;
+  std::vector<uint32_t> mask = GrammarMask(drawn);
+  const auto ban = [&](const std::vector<int32_t>& ids) {
+    for (const int32_t id : ids) mask[id / 32] &= ~(1u << (id % 32));
+  };
+  ban(banned_);
+  ban(grammar_.end_ids);
+  if (drawn < min_tokens_) ban(stop_ids_);
+  if (std::any_of(mask.begin(), mask.end(), [](uint32_t word) { return word != 0; })) return Match::kGoesOn;
+  return grammar_.matcher->IsComplete() ? Match::kComplete : Match::kStuck;
+}
+
 void LogitRules::AddTo(Batch& batch, absl::Span<const int32_t> tokens, int64_t prompt_tokens) {
   kernels::LogitAdjustment adjustment = adjustment_;
   adjustment.seen_begin = static_cast<int32_t>(batch.seen_tokens.size());
@@ -94,9 +125,16 @@ void LogitRules::AddTo(Batch& batch, absl::Span<const int32_t> tokens, int64_t p
     batch.bias_values.push_back(kBan);
   }
   adjustment.bias_end = static_cast<int32_t>(batch.bias_tokens.size());
-  if (!mask_.empty()) {
-    adjustment.mask_row = static_cast<int32_t>(batch.masks.size() / mask_.size());
-    batch.masks.insert(batch.masks.end(), mask_.begin(), mask_.end());
+  // A draft that does not match is rejected by the slot before: what is drawn after it is of no account.
+  if (has_grammar() && grammar_.matcher->MoveTo(drawn)) {
+    std::vector<uint32_t> mask = GrammarMask(static_cast<int64_t>(drawn.size()));
+    for (const int32_t id : grammar_.end_ids) {
+      const bool ends = grammar_.matcher->IsComplete() && (mask_.empty() || (mask_[id / 32] >> (id % 32) & 1) != 0);
+      if (ends) mask[id / 32] |= 1u << (id % 32);
+    }
+    AddMask(mask, batch, adjustment);
+  } else if (!mask_.empty()) {
+    AddMask(mask_, batch, adjustment);
   }
   batch.adjustments.push_back(adjustment);
 }

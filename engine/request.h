@@ -56,6 +56,14 @@ struct StopParams {
   int32_t min_tokens = 0;              // before so many are drawn nothing that stops is drawn or matched; at most max_tokens
 };
 
+// What the generated text must look like, to its end: a prefix of it is what there is when it ends for another reason.
+struct StructuredOutput {
+  enum class Kind : char { kJson, kJsonSchema, kRegex, kGrammar, kChoice };
+  Kind kind = Kind::kJson;
+  std::string text;                  // schema, regular expression or grammar; at most 64 KiB
+  std::vector<std::string> choices;  // at most 1024, of 64 KiB together
+};
+
 // What the memory layers do for one sequence.
 struct MemoryMode {
   bool enabled = true;               // off: they add nothing to the residual stream
@@ -105,6 +113,7 @@ struct GenerateRequest {
   bool token_bytes = false;
   std::optional<SpeculationParams> speculation;  // unset: none; none with memory_trace either
   std::optional<MemoryTraceParams> memory_trace;
+  std::optional<StructuredOutput> structured;
   SchedulingParams scheduling;
   absl::Time deadline = absl::InfiniteFuture();
 };

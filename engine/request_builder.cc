@@ -104,8 +104,46 @@ absl::StatusOr<std::vector<std::vector<int32_t>>> RequestBuilder::TokensOfBadWor
   return all;
 }
 
+absl::Status GrammarTooSlow(const std::string& field, absl::Duration limit) {
+  return absl::InvalidArgumentError(absl::StrCat(field, ": finding out what may come next took more than ", absl::FormatDuration(limit),
+                                                 " for one token (--grammar_mask_timeout_ms)"));
+}
+
+absl::StatusOr<LogitRules::GrammarRules> RequestBuilder::GrammarRulesOf(const Grammar& grammar, const Sequence& sequence) const {
+  const Tokenizer& tokenizer = *context_.tokenizer;
+  LogitRules::GrammarRules rules = {.matcher = grammar.NewMatcher()};
+  if (rules.matcher == nullptr) return absl::InternalError("structured: no matcher for this grammar");
+  const std::vector<int32_t>& eos = context_.info.eos_token_ids;
+  for (const int32_t id : sequence.stop_ids) {
+    if (tokenizer.TokenBytes(id).empty() || std::find(eos.begin(), eos.end(), id) != eos.end()) rules.end_ids.push_back(id);
+  }
+  // Where no text stands before it, a token may give other text than elsewhere.
+  const bool nothing_before = sequence.prompt_tokens == 1 && tokenizer.IsSpecial(sequence.tokens[0]);
+  for (int32_t id = 0; nothing_before && id < std::min(context_.config.vocab_size, tokenizer.vocab_size()); ++id) {
+    bool still_first = false;
+    if (tokenizer.FirstTokenBytes(id, &still_first) != tokenizer.TokenBytes(id)) rules.not_first.push_back(id);
+  }
+  return rules;
+}
+
+// A request that could draw nothing, or nothing but the end, is none.
+absl::Status RequestBuilder::CheckGrammar(Sequence& sequence) const {
+  const absl::Duration limit = absl::Milliseconds(context_.options.grammar_mask_timeout_ms);
+  const LogitRules::Match match = sequence.rules->MatchOf(sequence.tokens, sequence.prompt_tokens);
+  if (sequence.rules->slowest_match() > limit) return GrammarTooSlow(sequence.structured_field, limit);
+  switch (match) {
+    case LogitRules::Match::kGoesOn:
+      return absl::OkStatus();
+    case LogitRules::Match::kComplete:
+      return absl::InvalidArgumentError(absl::StrCat(sequence.structured_field, ": nothing but the empty text matches"));
+    default:
+      return absl::InvalidArgumentError(absl::StrCat(sequence.structured_field, ": no token that may be drawn begins a match"));
+  }
+}
+
 // One of a request's choices, but for what tells them apart.
-absl::StatusOr<std::shared_ptr<Sequence>> RequestBuilder::BuildChoice(const GenerateRequest& request, std::vector<int32_t> prompt) const {
+absl::StatusOr<std::shared_ptr<Sequence>> RequestBuilder::BuildChoice(const GenerateRequest& request, const Grammar* grammar,
+                                                                      std::vector<int32_t> prompt) const {
   auto sequence = std::make_shared<Sequence>();
   Sequence& s = *sequence;
   s.tokens = std::move(prompt);
@@ -119,7 +157,16 @@ absl::StatusOr<std::shared_ptr<Sequence>> RequestBuilder::BuildChoice(const Gene
   s.top_p = request.sampling.top_p.value_or(context_.generation.top_p.value_or(1.0f));
   s.memory = Resolve(request.memory, context_.config.memory);
   LOAD_OR_RETURN(std::vector<std::vector<int32_t>> bad_words, TokensOfBadWords(request.sampling.bad_words));
-  s.rules = LogitRules::New(request.sampling, s.temperature, s.stop_ids, request.stop.min_tokens, std::move(bad_words), context_.config.vocab_size);
+  LogitRules::GrammarRules grammar_rules;
+  if (grammar != nullptr) {
+    LOAD_OR_RETURN(grammar_rules, GrammarRulesOf(*grammar, s));
+  }
+  s.rules = LogitRules::New(request.sampling, s.temperature, s.stop_ids, request.stop.min_tokens, std::move(bad_words), context_.config.vocab_size,
+                            std::move(grammar_rules));
+  if (grammar != nullptr) {
+    s.structured_field = FieldOf(*request.structured);
+    if (absl::Status status = CheckGrammar(s); !status.ok()) return status;
+  }
   s.top_logprobs = request.top_logprobs;
   s.chosen_logprobs = request.logprob_token_ids;
   if (request.memory_trace) {
@@ -131,7 +178,8 @@ absl::StatusOr<std::shared_ptr<Sequence>> RequestBuilder::BuildChoice(const Gene
   return sequence;
 }
 
-absl::StatusOr<RequestBuilder::Built> RequestBuilder::Build(const GenerateRequest& request, std::shared_ptr<RequestControl> control,
+absl::StatusOr<RequestBuilder::Built> RequestBuilder::Build(const GenerateRequest& request, std::shared_ptr<const Grammar> grammar,
+                                                            std::shared_ptr<RequestControl> control,
                                                             std::shared_ptr<GenerateListener> listener,
                                                             std::function<void()> on_ended) const {
   LOAD_OR_RETURN(const std::vector<int32_t> prompt, PromptOf(request));
@@ -144,7 +192,7 @@ absl::StatusOr<RequestBuilder::Built> RequestBuilder::Build(const GenerateReques
   Built built;
   built.new_tokens = static_cast<int64_t>(prompt.size());
   for (int choice = 0; choice < choices; ++choice) {
-    LOAD_OR_RETURN(const std::shared_ptr<Sequence> sequence, BuildChoice(request, prompt));
+    LOAD_OR_RETURN(const std::shared_ptr<Sequence> sequence, BuildChoice(request, grammar.get(), prompt));
     Sequence& s = *sequence;
     s.control = control;
     s.seed = seed;

@@ -12,6 +12,7 @@
 #include "engine/checkpoint_folder.h"
 #include "engine/engine.h"
 #include "engine/sequence.h"
+#include "engine/structured/grammar.h"
 
 namespace memserve::engine {
 
@@ -38,7 +39,8 @@ class RequestBuilder {
   };
 
   // Of a valid request (validate.h). Errors as Engine's. `on_ended` runs before the listener hears the last of it.
-  absl::StatusOr<Built> Build(const GenerateRequest& request, std::shared_ptr<RequestControl> control,
+  // `grammar` is null where the request asks for none.
+  absl::StatusOr<Built> Build(const GenerateRequest& request, std::shared_ptr<const Grammar> grammar, std::shared_ptr<RequestControl> control,
                               std::shared_ptr<GenerateListener> listener, std::function<void()> on_ended) const;
   absl::StatusOr<Built> Build(const ScoreRequest& request, std::shared_ptr<RequestControl> control, ScoreCallback callback) const;
 
@@ -50,7 +52,10 @@ class RequestBuilder {
   absl::StatusOr<std::vector<int32_t>> PromptOf(const GenerateRequest& request) const;
   std::vector<int32_t> StopIdsOf(const GenerateRequest& request) const;
   absl::StatusOr<std::vector<std::vector<int32_t>>> TokensOfBadWords(const std::vector<std::string>& words) const;
-  absl::StatusOr<std::shared_ptr<Sequence>> BuildChoice(const GenerateRequest& request, std::vector<int32_t> prompt) const;
+  absl::StatusOr<std::shared_ptr<Sequence>> BuildChoice(const GenerateRequest& request, const Grammar* grammar,
+                                                        std::vector<int32_t> prompt) const;
+  absl::StatusOr<LogitRules::GrammarRules> GrammarRulesOf(const Grammar& grammar, const Sequence& sequence) const;
+  absl::Status CheckGrammar(Sequence& sequence) const;
   absl::Status CheckFits(const Sequence& sequence) const;
   std::shared_ptr<const std::string> ChainRoot(const SchedulingParams& scheduling, const SequenceMemory& memory,
                                                const std::string& id) const;
@@ -59,5 +64,7 @@ class RequestBuilder {
 };
 
 uint64_t RandomBits();
+
+absl::Status GrammarTooSlow(const std::string& field, absl::Duration limit);
 
 }  // namespace memserve::engine

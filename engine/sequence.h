@@ -58,6 +58,7 @@ struct Sequence {
   SequenceTrace trace;
   std::unique_ptr<LogitRules> rules;  // null: the logits stay as they are
   int32_t top_logprobs = 0;
+  std::string structured_field;       // for errors: that of the grammar, if there is one
   std::vector<int32_t> chosen_logprobs;  // tokens whose logprobs are told beside each draw
   std::optional<Drafts> drafts;          // guesses at what follows, if asked for
 

@@ -85,6 +85,10 @@ absl::Status CheckOptions(const EngineOptions& o, const ModelConfig& config) {
            CheckRange("max_trace_entries", o.max_trace_entries, 0, 1 << 24),
            CheckRange("loader_threads", o.loader_threads, 0, 256),
            CheckRange("max_prompt_bytes", o.max_prompt_bytes, 1, bytes),
+           CheckRange("grammar_timeout_ms", o.grammar_timeout_ms, 1, 600'000),
+           CheckRange("grammar_mask_timeout_ms", o.grammar_mask_timeout_ms, 1, 600'000),
+           CheckRange("grammar_memory_bytes", o.grammar_memory_bytes, 64 << 20, bytes),
+           CheckRange("grammar_cache_bytes", o.grammar_cache_bytes, 0, bytes),
            CheckRange("devices", static_cast<int64_t>(o.devices.size()), 1, std::min(64, config.n_heads)),
        }) {
     if (!status.ok()) return status;

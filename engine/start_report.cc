@@ -8,6 +8,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/strip.h"
+#include "engine/structured/grammar.h"
 #include "spdlog/spdlog.h"
 
 namespace memserve::engine {
@@ -65,6 +66,7 @@ ModelInfo Describe(const EngineOptions& options, const CheckpointFolder& loaded,
     if (!info.bos_token_id) info.bos_token_id = loaded.tokenizer->bos_id();
   }
   info.tokenizer = loaded.tokenizer == nullptr ? "none" : std::string(loaded.tokenizer->name());
+  info.structured = loaded.tokenizer != nullptr && StructuredOutputIsBuilt();
   info.chat = loaded.chat_template.ok();
   info.backend = executor.first_rank().backend().name();
   info.isa = executor.first_rank().backend().isa();

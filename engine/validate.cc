@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "engine/structured/grammar.h"
 #include "engine/tokenizer/utf8.h"
 
 namespace memserve::engine {
@@ -219,6 +220,11 @@ absl::Status Validate(const GenerateRequest& request, const RequestLimits& limit
   }
   if (request.memory_trace) {
     if (absl::Status s = Validate(*request.memory_trace, limits.memory); !s.ok()) return s;
+  }
+  if (request.structured) {
+    if (!StructuredOutputIsBuilt()) return absl::UnimplementedError("structured: this server was built without structured output");
+    if (!limits.has_tokenizer) return absl::UnimplementedError("structured: the checkpoint has no tokenizer");
+    if (absl::Status s = Validate(*request.structured); !s.ok()) return s;
   }
   return absl::OkStatus();
 }

@@ -23,6 +23,8 @@ inline constexpr int32_t kMaxDraftTokens = 16;
 inline constexpr int64_t kMaxPromptLogprobs = 1 << 20;  // entries of a reply
 inline constexpr size_t kMaxMessages = 4096;
 inline constexpr size_t kMaxRoleBytes = 64;
+inline constexpr size_t kMaxStructuredBytes = 64 << 10;
+inline constexpr size_t kMaxChoiceTexts = 1024;
 
 struct RequestLimits {
   int vocab_size = 0;

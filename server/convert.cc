@@ -103,6 +103,35 @@ engine::MemoryTraceParams ToMemoryTrace(const v1::MemoryTraceParams& params) {
   return trace;
 }
 
+absl::StatusOr<engine::StructuredOutput> ToStructured(const v1::StructuredOutput& message) {
+  using Kind = engine::StructuredOutput::Kind;
+  engine::StructuredOutput structured;
+  switch (message.output_case()) {
+    case v1::StructuredOutput::kJson:
+      if (!message.json()) return absl::InvalidArgumentError("structured.json is false; it must be true");
+      return structured;
+    case v1::StructuredOutput::kJsonSchema:
+      structured.kind = Kind::kJsonSchema;
+      structured.text = message.json_schema();
+      return structured;
+    case v1::StructuredOutput::kRegex:
+      structured.kind = Kind::kRegex;
+      structured.text = message.regex();
+      return structured;
+    case v1::StructuredOutput::kGrammar:
+      structured.kind = Kind::kGrammar;
+      structured.text = message.grammar();
+      return structured;
+    case v1::StructuredOutput::kChoice:
+      structured.kind = Kind::kChoice;
+      structured.choices.assign(message.choice().texts().begin(), message.choice().texts().end());
+      return structured;
+    case v1::StructuredOutput::OUTPUT_NOT_SET:
+      break;
+  }
+  return Missing("structured", "json, json_schema, regex, grammar or choice");
+}
+
 engine::SpeculationParams ToSpeculation(const v1::SpeculationParams& params) {
   engine::SpeculationParams speculation;
   if (params.has_max_draft_tokens()) speculation.max_draft_tokens = params.max_draft_tokens();
@@ -177,6 +206,11 @@ absl::StatusOr<engine::GenerateRequest> ToEngine(const v1::GenerateRequest& requ
   result.logprobs = request.output().logprobs();
   result.token_bytes = request.output().token_bytes();
   result.top_logprobs = request.output().top_logprobs();
+  if (request.has_structured()) {
+    absl::StatusOr<engine::StructuredOutput> structured = ToStructured(request.structured());
+    RETURN_IF_ERROR(structured.status());
+    result.structured = *std::move(structured);
+  }
   if (request.output().has_prompt_logprobs()) result.prompt_logprobs = request.output().prompt_logprobs();
   result.echo = request.output().echo();
   result.logprob_token_ids.assign(request.output().logprob_token_ids().begin(), request.output().logprob_token_ids().end());
@@ -289,6 +323,7 @@ v1::GetModelResponse ToProto(const engine::ModelInfo& model) {
   if (model.bos_token_id.has_value()) response.set_bos_token_id(*model.bos_token_id);
   response.set_tokenizer(model.tokenizer);
   response.set_chat(model.chat);
+  response.set_structured(model.structured);
   response.mutable_memory_layers()->Assign(model.memory_layers.begin(), model.memory_layers.end());
   response.set_memory_rows(model.memory_rows);
   response.set_mem_heads(model.mem_heads);

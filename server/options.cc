@@ -55,6 +55,13 @@ ABSL_FLAG(int, tokenizer_threads, kEngine.tokenizer_threads, "threads that encod
 ABSL_FLAG(int, loader_threads, kEngine.loader_threads, "threads that read the checkpoint; 0: one per core, at most 8");
 ABSL_FLAG(int64_t, memory_limit_bytes, kEngine.memory_limit_bytes,
           "bytes that weights, tables, cache and scratch may take together; 0: what the machine has free");
+ABSL_FLAG(std::string, grammar_worker, kEngine.grammar_worker,
+          "the program that compiles grammars of structured output; empty: memserve-grammar beside this one, or by PATH");
+ABSL_FLAG(int, grammar_timeout_ms, kEngine.grammar_timeout_ms, "milliseconds of processor time that compiling one grammar may take; then it is refused");
+ABSL_FLAG(int, grammar_mask_timeout_ms, kEngine.grammar_mask_timeout_ms,
+          "milliseconds of processor time that a grammar may take to say what may come next; then its request ends");
+ABSL_FLAG(int64_t, grammar_memory_bytes, kEngine.grammar_memory_bytes, "bytes that the process which compiles grammars may take");
+ABSL_FLAG(int64_t, grammar_cache_bytes, kEngine.grammar_cache_bytes, "bytes of compiled grammars that are kept");
 ABSL_FLAG(bool, dry_run, kEngine.dry_run, "print what would be held in memory, and stop");
 
 ABSL_FLAG(std::string, grpc_address, kServer.grpc_address, "host:port to listen on; port 0 takes a free one");
@@ -214,6 +221,11 @@ absl::StatusOr<Options> ParseCommandLine(int argc, char** argv) {
   engine.tokenizer_threads = absl::GetFlag(FLAGS_tokenizer_threads);
   engine.loader_threads = absl::GetFlag(FLAGS_loader_threads);
   engine.memory_limit_bytes = absl::GetFlag(FLAGS_memory_limit_bytes);
+  engine.grammar_worker = absl::GetFlag(FLAGS_grammar_worker);
+  engine.grammar_timeout_ms = absl::GetFlag(FLAGS_grammar_timeout_ms);
+  engine.grammar_mask_timeout_ms = absl::GetFlag(FLAGS_grammar_mask_timeout_ms);
+  engine.grammar_memory_bytes = absl::GetFlag(FLAGS_grammar_memory_bytes);
+  engine.grammar_cache_bytes = absl::GetFlag(FLAGS_grammar_cache_bytes);
   engine.dry_run = absl::GetFlag(FLAGS_dry_run);
   if (engine.checkpoint.empty()) return absl::InvalidArgumentError("--checkpoint is missing; it names a folder, see --help");
 

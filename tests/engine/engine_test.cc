@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "engine/retry_after.h"
+#include "engine/structured/grammar.h"
 #include "tests/support/collector.h"
 #include "nlohmann/json.hpp"
 #include "tests/support/golden.h"
@@ -141,6 +142,12 @@ std::vector<GenerateRequest> VariedRequests(const GoldenCase& golden) {
     if (i % 6 == 4) request.sampling.logit_bias = {{7, 2.5f}, {9, -3.0f}};
     if (i % 6 == 5) request.sampling.typical_p = 0.8f;
     if (i % 7 == 3) request.top_logprobs = 1 + i % 5;
+    if (StructuredOutputIsBuilt()) {
+      using Kind = StructuredOutput::Kind;
+      if (i % 8 == 3) request.structured = StructuredOutput{.kind = Kind::kRegex, .text = "([a-z]{1,5} ?){3,9}[.!]"};
+      if (i == 5) request.structured = StructuredOutput{.kind = Kind::kJson};
+      if (i == 10) request.structured = StructuredOutput{.kind = Kind::kChoice, .choices = {"one of these", "or another"}};
+    }
     if (i % 8 == 2) request.prompt_logprobs = i % 3;
     if (i % 9 == 4) request.logprob_token_ids = {3, i, 2 * i};
     if (i % 10 == 6) request.sampling.allowed_token_ids = {20, 21, 22, 23};
