@@ -16,6 +16,7 @@
 #include "absl/time/time.h"
 #include "engine/options.h"
 #include "engine/request.h"
+#include "engine/step_profile.h"
 #include "engine/table_queries.h"
 
 namespace memserve::engine {
@@ -74,6 +75,7 @@ struct Load {
   int64_t cached_tokens = 0;    // of prompts, taken from the prefix cache
   int64_t preemptions = 0;
   absl::Duration last_step;
+  StepSummary recent;           // what recent steps took, and what for
   bool draining = false;
 };
 
