@@ -150,7 +150,7 @@ void CpuBackend::Rope(const RopeArgs& args) {
 }
 
 void CheckPages(const KvPages& pages) {
-  MEMSERVE_CHECK(pages.dtype == DType::kF32 || pages.dtype == DType::kBF16);
+  MEMSERVE_CHECK(pages.dtype == DType::kF32 || pages.dtype == DType::kBF16 || pages.quantised());
   MEMSERVE_CHECK_EQ(pages.page_size % kAttentionBlock, 0);
 }
 
