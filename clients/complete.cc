@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdio>
 #include <iostream>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -42,7 +43,7 @@ std::optional<v1::GenerateRequest> ToRequestWithPrompt(const Options& options) {
 
 constexpr char kPromptNeeded[] = "give one PROMPT (- reads it from standard input; with --token_ids it is ids such as 1,2,3)";
 
-// Text streams on; ids and logprobs are a line per token, traces a line per row that fired.
+// Text streams on, that of several choices once a choice has ended; ids and logprobs are a line per token, traces a line per row that fired.
 class Printer {
  public:
   explicit Printer(const Options& options) : options_(options) {}
@@ -55,6 +56,12 @@ class Printer {
       for (const v1::TokenTrace& trace : message.delta().memory_traces()) PrintTrace(trace);
     } else if (options_.token_ids) {
       for (const int32_t id : message.delta().token_ids()) std::printf("%d\n", id);
+    } else if (message.has_prompt()) {
+      PrintText(message.prompt().text());
+    } else if (options_.n.value_or(1) > 1) {
+      const int choice = message.has_finished() ? message.finished().choice() : message.delta().choice();
+      texts_[choice] += message.has_finished() ? message.finished().text() : message.delta().text();
+      if (message.has_finished()) PrintText("[" + std::to_string(choice) + "]" + texts_[choice] + "\n");
     } else {
       PrintText(message.has_finished() ? message.finished().text() : message.delta().text());
       if (message.has_finished() && !ends_line_) PrintText("\n");
@@ -78,6 +85,7 @@ class Printer {
 
   const Options& options_;
   bool ends_line_ = false;
+  std::map<int, std::string> texts_;  // of choices
 };
 
 std::string DescribeEnd(const v1::Finished& finished) {
@@ -95,6 +103,7 @@ void PrintStats(const v1::Finished& finished) {
                usage.prompt_tokens(), usage.cached_tokens(), usage.completion_tokens(), DescribeEnd(finished).c_str(),
                1e3 * timings.queue_seconds(), 1e3 * timings.prefill_seconds(), 1e3 * timings.decode_seconds());
   if (decoded > 0 && timings.decode_seconds() > 0) std::fprintf(stderr, " (%.0f tokens/s)", decoded / timings.decode_seconds());
+  if (usage.draft_tokens() > 0) std::fprintf(stderr, "; %d of %d guesses right", usage.accepted_draft_tokens(), usage.draft_tokens());
   std::fprintf(stderr, "; seed %llu, id %s\n", static_cast<unsigned long long>(finished.seed()), finished.request_id().c_str());
 }
 

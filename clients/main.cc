@@ -71,6 +71,9 @@ Flags of complete, chat, repeat:
                                     -100 to 100 (default 0)
   --min_tokens=N                    draw at least so many (default 0)
   --stop=TEXT                       end before this text; may be repeated
+  --include_stop                    print the text that stops, too
+  --bad_word=TEXT                   never say this; may be repeated
+  --speculate=N                     guess up to N tokens (at most 16) from what stands before, and verify them: the same answer
   --ignore_eos=on|off               go on after an end-of-sequence token (default off, of repeat: on)
 
 Flags of complete, chat:
@@ -80,7 +83,11 @@ Flags of complete:
   --chat                            the prompt is a user's message to a chat, written out by the model's template
   --logprobs                        print a line per token: log-probability, id, text (JSON string)
   --top_logprobs=N                  with --json: beside each token so many of the likeliest, at most 20
-
+  --prompt_logprobs=N               with --json: log-probabilities of the prompt's tokens too, and so many of the likeliest beside each
+  --echo                            print the prompt first
+  --n=N                             so many answers, at most 128; each begins with its number
+  --best_of=N                       draw so many and print the --n likeliest
+  --truncate_prompt=N               of a longer prompt the last N tokens
   --trace                           print a line per row that fired: position, token id, layer, memory head, row, weight
 
 Flags of complete --trace, trace:
@@ -191,6 +198,14 @@ std::optional<std::string> ReadCommandLine(int argc, char** argv, Options& optio
   flags.Add("repetition_penalty", "generate", "a number", Into(options.repetition_penalty));
   flags.Add("presence_penalty", "generate", "a number", Into(options.presence_penalty));
   flags.Add("frequency_penalty", "generate", "a number", Into(options.frequency_penalty));
+  flags.AddSwitch("include_stop", "generate", options.include_stop);
+  flags.Add("bad_word", "generate", "a text", Into(options.bad_words));
+  flags.Add("speculate", "generate", "a whole number", Into(options.speculate));
+  flags.Add("prompt_logprobs", "complete", "a whole number", Into(options.prompt_logprobs));
+  flags.AddSwitch("echo", "complete", options.echo);
+  flags.Add("n", "complete", "a whole number", Into(options.n));
+  flags.Add("best_of", "complete", "a whole number", Into(options.best_of));
+  flags.Add("truncate_prompt", "complete", "a whole number", Into(options.truncate_prompt));
   flags.Add("min_tokens", "generate", "a whole number", Into(options.min_tokens));
   flags.Add("top_logprobs", "complete", "a whole number", Into(options.top_logprobs));
   flags.Add("seed", "generate", "a whole number from 0 to 2^64-1", Into(options.seed));

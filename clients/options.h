@@ -34,8 +34,12 @@ struct Options {
   std::optional<float> top_p;
   std::optional<uint64_t> seed;
   std::optional<float> min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty;
-  std::optional<int32_t> min_tokens, top_logprobs;
-  std::vector<std::string> stop;
+  std::optional<int32_t> min_tokens, top_logprobs, prompt_logprobs;
+  std::vector<std::string> stop, bad_words;
+  bool include_stop = false;
+  bool echo = false;
+  std::optional<int32_t> n, best_of, truncate_prompt;
+  std::optional<int32_t> speculate;  // guesses in one step
   std::optional<bool> ignore_eos;
 
   bool logprobs = false;

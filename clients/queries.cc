@@ -161,7 +161,8 @@ int RowStats(const Options& options) {
   const grpc::Status status = Ask(options, ConnectMemory(options), &v1::Memory::Stub::RowStats, request, response);
   if (!status.ok() || options.json) return ExitStatus(status);
   std::printf("reads: %llu\ndistinct_rows: %lld of %lld\nsince_seconds: %.3f\n", static_cast<unsigned long long>(response.reads()),
-              static_cast<long long>(response.distinct_rows()), static_cast<long long>(response.table_rows()), response.since_seconds());
+              static_cast<long long>(response.distinct_rows()), static_cast<long long>(response.table_rows()),
+              response.since_seconds());
   for (const v1::RowCount& row : response.top()) std::printf("top\t%d\t%u\n", row.row(), row.count());
   for (const v1::RowCount& row : response.rows()) std::printf("row\t%d\t%u\n", row.row(), row.count());
   return ExitStatus(status);

@@ -138,7 +138,15 @@ v1::GenerateRequest ToGenerateRequest(const Options& options) {
   if (options.presence_penalty) sampling.set_presence_penalty(*options.presence_penalty);
   if (options.frequency_penalty) sampling.set_frequency_penalty(*options.frequency_penalty);
   if (options.top_logprobs) request.mutable_output()->set_top_logprobs(*options.top_logprobs);
+  for (const std::string& word : options.bad_words) sampling.add_bad_words(word);
+  if (options.prompt_logprobs) request.mutable_output()->set_prompt_logprobs(*options.prompt_logprobs);
+  if (options.echo) request.mutable_output()->set_echo(true);
+  if (options.n) request.set_n(*options.n);
+  if (options.best_of) request.set_best_of(*options.best_of);
+  if (options.truncate_prompt) request.set_truncate_prompt(*options.truncate_prompt);
+  if (options.speculate) request.mutable_speculation()->set_max_draft_tokens(*options.speculate);
   v1::StopParams& stop = *request.mutable_stop();
+  if (options.include_stop) stop.set_include_matched(true);
   if (options.max_tokens) stop.set_max_tokens(*options.max_tokens);
   for (const std::string& text : options.stop) stop.add_strings(text);
   if (options.ignore_eos) stop.set_ignore_eos(*options.ignore_eos);

@@ -15,7 +15,9 @@ namespace memserve::engine {
 inline constexpr int64_t kMaxTopLogprobs = 20;
 inline constexpr size_t kMaxMaskedRows = 1024;
 inline constexpr int64_t kMaxBiasedTokens = 1024;                        // by logit_bias, and as many banned
-inline constexpr int64_t kMostBiasEntries = 2 * kMaxBiasedTokens + 256;  // those, and the ids that stop
+inline constexpr int64_t kMaxBadWords = 128;                             // each encoded in two ways
+inline constexpr int64_t kMaxChosenLogprobs = 64;
+inline constexpr int64_t kMostBiasEntries = 2 * kMaxBiasedTokens + 2 * kMaxBadWords + 256;  // those, and the ids that stop
 
 struct Batch {
   int64_t step = 0;
@@ -37,6 +39,9 @@ struct Batch {
   std::vector<int32_t> layers_off;   // pairs of sequence and memory layer (its place among them) that is off for it
   std::vector<int32_t> masked_rows;  // value table rows that are left out: a sequence's after those of the one before, ascending
 
+  // Pages of the KV cache that are copied before the step runs: pairs of from and to.
+  std::vector<int32_t> page_copies;
+
   // Tokens whose memory reads are told: index of the token.  [num_traced]
   std::vector<int32_t> traced_tokens;
 
@@ -44,7 +49,9 @@ struct Batch {
   std::vector<int32_t> logit_tokens;               // index of the token
   std::vector<kernels::SamplingSlot> sampling;     // [slots that sample]
   std::vector<int32_t> score_targets;              // [slots that are scored]: the token whose log-probability is asked for
-  std::vector<int32_t> top_logprobs;               // [slots that sample]: how many of the likeliest tokens are asked for; empty: none
+  std::vector<int32_t> top_logprobs;               // [num_slots]: how many of the likeliest tokens are asked for; empty: none, nor chosen
+  int64_t most_chosen = 0;
+  std::vector<int32_t> chosen_tokens;              // [slots that sample, most_chosen]: whose log-probabilities are asked for, -1 beyond
 
   // The first slots that sample have their logits adjusted before.  [num_adjusted]
   std::vector<kernels::LogitAdjustment> adjustments;
@@ -66,8 +73,9 @@ struct Batch {
 struct StepResult {
   std::vector<int32_t> tokens;         // [slots that sample]
   std::vector<float> logprobs;         // [slots that sample], of the token drawn
-  std::vector<int32_t> top_tokens;     // [slots that sample, most of top_logprobs], -1 beyond a slot's number
+  std::vector<int32_t> top_tokens;     // [num_slots, most of top_logprobs], -1 beyond a slot's number
   std::vector<float> top_logprobs;     // beside top_tokens
+  std::vector<float> chosen_logprobs;  // [slots that sample, most_chosen]
   std::vector<float> score_logprobs;   // [slots that are scored]
   std::vector<int32_t> score_greedy;   // [slots that are scored]: 1 where the target is the first choice
   std::vector<int32_t> trace_rows;     // [memory layers, num_traced, mem_heads, mem_knn], -1 for none: fewer are kept, masked, off

@@ -1,29 +1,23 @@
 #include "engine/engine.h"
 
-#include <sys/random.h>
-
 #include <algorithm>
 #include <atomic>
 #include <deque>
-#include <fstream>
-#include <map>
 #include <thread>
 #include <utility>
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
-#include "absl/strings/numbers.h"
-#include "absl/strings/ascii.h"
-#include "absl/strings/strip.h"
 #include "engine/checkpoint_folder.h"
 #include "engine/executor.h"
 #include "engine/kv_cache.h"
 #include "engine/model/load_macros.h"
 #include "engine/output_stream.h"
+#include "engine/request_builder.h"
 #include "engine/retry_after.h"
 #include "engine/scheduler.h"
 #include "engine/start_plan.h"
+#include "engine/start_report.h"
 #include "engine/step_times.h"
 #include "engine/tokenizer/tokenizer.h"
 #include "engine/validate.h"
@@ -32,13 +26,6 @@
 
 namespace memserve::engine {
 
-// Gathers the scores of one request's continuations. Engine thread only.
-struct ScoreState {
-  ScoreCallback callback;
-  ScoreResult result;
-  int remaining = 0;  // continuations that have not ended
-};
-
 namespace {
 
 constexpr int kOutputThreads = 1;  // more would not keep a stream's deltas in order
@@ -46,115 +33,11 @@ constexpr size_t kMaxTasks = 64;   // questions about value tables that wait
 // Of a model faster than this tokens are handed over a few at a time: a reader notices nothing, and the engine wakes nobody at each.
 constexpr std::chrono::microseconds kOutputRest{300};
 
-uint64_t RandomBits() {
-  uint64_t bits = 0;
-  while (getrandom(&bits, sizeof(bits), 0) != sizeof(bits)) {
-  }
-  return bits;
-}
-
 // RESOURCE_EXHAUSTED that says when to come again.
 absl::Status TryLater(absl::string_view message, absl::Duration wait) {
   absl::Status status = absl::ResourceExhaustedError(message);
   SetRetryAfter(wait, &status);
   return status;
-}
-
-std::string FolderName(std::string folder) {
-  while (folder.size() > 1 && folder.back() == '/') folder.pop_back();
-  return folder.substr(folder.rfind('/') + 1);
-}
-
-ModelInfo Describe(const EngineOptions& options, const CheckpointFolder& loaded, const StartPlan& plan, const Executor& executor) {
-  const ModelConfig& config = loaded.model;
-  ModelInfo info;
-  info.name = options.model_name.empty() ? FolderName(options.checkpoint) : options.model_name;
-  info.architecture = config.model_type;
-  info.vocab_size = config.vocab_size;
-  info.max_context_tokens = static_cast<int>(plan.executor.rank.max_context_tokens);
-  info.dim = config.dim;
-  info.n_layers = config.n_layers;
-  info.n_heads = config.n_heads;
-  info.n_kv_heads = config.n_kv_heads;
-  for (const auto& [name, tensor] : loaded.tensors->tensors()) {
-    if (name.find(".feed_forward.values") != std::string::npos) continue;
-    int64_t parameters = 1;
-    for (int64_t extent : tensor.shape) parameters *= extent;
-    info.trunk_parameters += parameters;
-  }
-  if (!config.memory.layers.empty()) {
-    info.memory_layers = config.memory.layers;
-    info.memory_rows = config.memory.rows();
-    info.mem_heads = config.memory.mem_heads;
-    info.mem_knn = config.memory.mem_knn;
-  }
-  for (const auto& table : executor.first_rank().model().value_tables()) {
-    ValueTableInfo held = {.name = table->tensor,
-                           .layers = table->layers,
-                           .rows = table->rows,
-                           .dim = static_cast<int>(table->dim),
-                           .format = kernels::NameOf(plan.executor.rank.types.table),
-                           .placement = table->values->placement()};
-    for (const auto& rank : executor.ranks()) {
-      for (const auto& share : rank->model().value_tables()) {
-        if (share->tensor != table->tensor) continue;
-        held.bytes += share->values->bytes() + (share->values_u == nullptr ? 0 : share->values_u->bytes());
-      }
-    }
-    info.value_tables.push_back(std::move(held));
-  }
-  info.eos_token_ids = loaded.generation.eos_token_ids;
-  info.bos_token_id = loaded.generation.bos_token_id;
-  if (loaded.tokenizer != nullptr) {
-    if (info.eos_token_ids.empty() && loaded.tokenizer->eos_id()) info.eos_token_ids.push_back(*loaded.tokenizer->eos_id());
-    if (!info.bos_token_id) info.bos_token_id = loaded.tokenizer->bos_id();
-  }
-  info.tokenizer = loaded.tokenizer == nullptr ? "none" : std::string(loaded.tokenizer->name());
-  info.chat = loaded.chat_template.ok();
-  info.backend = executor.first_rank().backend().name();
-  info.isa = executor.first_rank().backend().isa();
-  info.weight_dtype = kernels::NameOf(plan.executor.rank.types.weight);
-  info.activation_dtype = kernels::NameOf(plan.executor.rank.types.activation);
-  info.kv_dtype = kernels::NameOf(plan.executor.rank.kv_dtype);
-  info.devices = plan.executor.ranks;
-  return info;
-}
-
-void LogPlan(const StartPlan& plan) {
-  spdlog::info("plan: weights {}, value tables {} (held once), KV cache {} ({} pages of {} tokens), scratch {}, row counts {}: {} of {} available",
-               FormatBytes(plan.Sum(&RankPlan::weight_bytes)), FormatBytes(plan.Sum(&RankPlan::table_bytes)),
-               FormatBytes(plan.Sum(&RankPlan::kv_bytes)), plan.executor.rank.kv_pages, plan.executor.rank.kv_page_size,
-               FormatBytes(plan.Sum(&RankPlan::scratch_bytes)), FormatBytes(plan.Sum(&RankPlan::count_bytes)), FormatBytes(plan.total()), FormatBytes(plan.available_bytes));
-  const std::vector<std::string>& unused = plan.ranks.front().unused_tensors;
-  if (unused.empty()) return;
-  const size_t shown = std::min<size_t>(unused.size(), 5);
-  spdlog::warn("{} tensors of the checkpoint are not part of the model and are left out: {}{}", unused.size(),
-               absl::StrJoin(unused.begin(), unused.begin() + static_cast<int64_t>(shown), ", "), unused.size() > shown ? ", …" : "");
-}
-
-// Says how many weights are NaN or infinite, if any are. Ranks may have read the same tensor, or parts of it.
-void WarnOfNotFinite(const Executor& executor) {
-  std::map<std::string, int64_t> found;
-  for (const auto& rank : executor.ranks()) {
-    for (const auto& [name, count] : rank->loaded().not_finite) found[name] = std::max(found[name], count);
-  }
-  if (found.empty()) return;
-  int64_t values = 0;
-  for (const auto& [name, count] : found) values += count;
-  const auto& [name, count] = *found.begin();
-  spdlog::warn("{}{} weights in {} tensors are NaN or infinite, {} of them in '{}': what the model says is not to be trusted",
-               executor.ranks().size() > 1 ? "at least " : "", values, found.size(), count, name);
-}
-
-// Resident memory of this process as /proc tells it: "VmRSS" now, "VmHWM" at its peak. 0 where there is no /proc.
-int64_t ResidentBytes(const std::string& field) {
-  std::ifstream status("/proc/self/status");
-  std::string key;
-  for (std::string rest; status >> key && std::getline(status, rest);) {
-    int64_t kib = 0;
-    if (key == field + ":" && absl::SimpleAtoi(absl::StripSuffix(absl::StripAsciiWhitespace(rest), " kB"), &kib)) return kib * 1024;
-  }
-  return 0;
 }
 
 class EngineImpl final : public Engine {
@@ -184,6 +67,14 @@ class EngineImpl final : public Engine {
                .memory = config_.memory};
     output_ = std::make_unique<WorkQueue>(kOutputThreads, kOutputRest);
     tokenizing_ = std::make_unique<WorkQueue>(options_.tokenizer_threads);
+    builder_.emplace(RequestContext{.options = options_,
+                                    .config = config_,
+                                    .generation = generation_,
+                                    .tokenizer = tokenizer_.get(),
+                                    .chat_template = chat_template_,
+                                    .info = info_,
+                                    .kv_pages = cache_.total(),
+                                    .kv_page_size = cache_.page_size()});
     counted_since_.assign(info_.value_tables.size(), absl::Now());
     UpdateLoad();
     thread_ = std::thread([this] { Run(); });
@@ -243,19 +134,11 @@ class EngineImpl final : public Engine {
   absl::StatusOr<std::shared_ptr<RequestControl>> Register(std::string id, absl::Time deadline);
   void Unregister(const std::string& id);
   void EndAll(absl::StatusCode code);
-  void Submit(std::vector<std::shared_ptr<Sequence>> sequences);
+  void Submit(std::vector<std::shared_ptr<Sequence>> sequences, int64_t new_tokens);
 
   // --- tokenizer threads
-  absl::StatusOr<std::vector<int32_t>> TokensOf(const Prompt& prompt, std::optional<bool> add_bos, bool allow_special) const;
-  absl::StatusOr<std::vector<int32_t>> TokensWithContinuation(const ScoreRequest& request, const std::vector<int32_t>& context,
-                                                              const Prompt& continuation) const;
-  absl::StatusOr<std::shared_ptr<Sequence>> BuildSequence(const GenerateRequest& request, std::shared_ptr<RequestControl> control,
-                                                          std::shared_ptr<GenerateListener> listener);
-  absl::StatusOr<std::vector<std::shared_ptr<Sequence>>> BuildSequences(const ScoreRequest& request,
-                                                                        std::shared_ptr<RequestControl> control, ScoreCallback callback);
-  absl::Status CheckFits(const Sequence& sequence) const;
+  absl::Status Admit(absl::StatusOr<RequestBuilder::Built> built, absl::Time deadline, const std::function<void()>& before_it_runs);
   absl::Status CheckAdmission(int64_t prompt_tokens, absl::Time deadline) const;
-  std::shared_ptr<const std::string> ChainRoot(const SchedulingParams& scheduling, const SequenceMemory& memory, const std::string& id) const;
 
   // --- engine thread
   void Run();
@@ -264,7 +147,8 @@ class EngineImpl final : public Engine {
   void EndMarked(absl::Time now);
   void Collect();
   void OnDrawn(const std::shared_ptr<Sequence>& sequence, const StepResult& result, size_t slot, absl::Time now);
-  void OnScored(const std::shared_ptr<Sequence>& sequence, float logprob, bool greedy);
+  void OnScored(const StepPlan& plan, const StepResult& result);
+  void OnContinuationScored(const std::shared_ptr<Sequence>& sequence, float logprob, bool greedy);
   void End(const std::shared_ptr<Sequence>& sequence, EngineEnd end);
   void Deliver(const std::shared_ptr<Sequence>& sequence, EngineEnd end);
   void Fail(const absl::Status& status);
@@ -281,6 +165,7 @@ class EngineImpl final : public Engine {
   const std::unique_ptr<Executor> executor_;
   ModelInfo info_;
   RequestLimits limits_;
+  std::optional<RequestBuilder> builder_;
 
   // Engine thread only (but for the sizes of the cache, which never change).
   KvCache cache_;
@@ -294,6 +179,8 @@ class EngineImpl final : public Engine {
   int64_t steps_ = 0;
   int64_t prompt_tokens_ = 0;
   int64_t completion_tokens_ = 0;
+  int64_t draft_tokens_ = 0;
+  int64_t accepted_draft_tokens_ = 0;
   absl::Duration last_step_;
   absl::Time step_begin_;
   StepPhases phases_;  // of this step
@@ -371,12 +258,10 @@ bool EngineImpl::Cancel(const std::string& id) {
   return true;
 }
 
-void EngineImpl::Submit(std::vector<std::shared_ptr<Sequence>> sequences) {
+void EngineImpl::Submit(std::vector<std::shared_ptr<Sequence>> sequences, int64_t new_tokens) {
   kernels::MutexLock lock(mutex_);
-  for (std::shared_ptr<Sequence>& sequence : sequences) {
-    inbox_tokens_ += sequence->prompt_tokens;
-    inbox_.push_back(std::move(sequence));
-  }
+  inbox_tokens_ += new_tokens;
+  for (std::shared_ptr<Sequence>& sequence : sequences) inbox_.push_back(std::move(sequence));
   wake_.NotifyAll();
 }
 
@@ -389,12 +274,14 @@ std::string EngineImpl::Generate(GenerateRequest request, std::shared_ptr<Genera
   absl::StatusOr<std::shared_ptr<RequestControl>> control = Register(request.id, request.deadline);
   if (!control.ok()) return refuse(control.status());
   tokenizing_->Add([this, request = std::move(request), control = *control, listener = std::move(listener)]() mutable {
-    absl::StatusOr<std::shared_ptr<Sequence>> sequence = BuildSequence(request, control, listener);
-    if (sequence.ok()) {
-      Submit({*std::move(sequence)});
-      return;
-    }
-    output_->Add([this, control, listener, status = sequence.status()] {
+    absl::StatusOr<RequestBuilder::Built> built = builder_->Build(request, control, listener, [this, control] { Unregister(control->id); });
+    std::vector<PromptDelta> echo;
+    if (request.echo && built.ok()) echo = EchoOf(built->sequences.front()->tokens, tokenizer_.get(), request.token_bytes);
+    const absl::Status status = Admit(std::move(built), request.deadline, [&] {
+      for (PromptDelta& part : echo) output_->Add([listener, part = std::move(part)]() mutable { listener->OnPrompt(std::move(part)); });
+    });
+    if (status.ok()) return;
+    output_->Add([this, control, listener, status] {
       Unregister(control->id);
       listener->OnFinished(status);
     });
@@ -411,12 +298,9 @@ std::string EngineImpl::Score(ScoreRequest request, ScoreCallback callback) {
   absl::StatusOr<std::shared_ptr<RequestControl>> control = Register(request.id, request.deadline);
   if (!control.ok()) return refuse(control.status());
   tokenizing_->Add([this, request = std::move(request), control = *control, callback = std::move(callback)]() mutable {
-    absl::StatusOr<std::vector<std::shared_ptr<Sequence>>> sequences = BuildSequences(request, control, callback);
-    if (sequences.ok()) {
-      Submit(*std::move(sequences));
-      return;
-    }
-    output_->Add([this, control, callback, status = sequences.status()] {
+    const absl::Status status = Admit(builder_->Build(request, control, callback), request.deadline, [] {});
+    if (status.ok()) return;
+    output_->Add([this, control, callback, status] {
       Unregister(control->id);
       callback(status);
     });
@@ -432,7 +316,7 @@ void EngineImpl::Tokenize(std::string text, bool add_bos, bool allow_special,
       return callback(absl::InvalidArgumentError(
           absl::StrCat("text: has ", text.size(), " bytes; this server accepts ", options_.max_prompt_bytes)));
     }
-    callback(TokensOf(Prompt(text), add_bos, allow_special));
+    callback(builder_->TokensOf(Prompt(text), add_bos, allow_special));
   });
 }
 
@@ -525,40 +409,13 @@ void EngineImpl::Drain(absl::Duration limit) {
 
 // ---------------------------------------------------------------- tokenizer threads
 
-absl::StatusOr<std::vector<int32_t>> EngineImpl::TokensOf(const Prompt& prompt, std::optional<bool> add_bos, bool allow_special) const {
-  if (const auto* ids = std::get_if<std::vector<int32_t>>(&prompt)) return *ids;
-  std::vector<int32_t> ids;
-  if (const auto* chat = std::get_if<Chat>(&prompt)) {
-    LOAD_OR_RETURN(RenderedChat rendered, (*chat_template_)->Render(*chat));
-    const EncodeOptions options = {.allow_special = true, .literal = std::move(rendered.from_messages)};
-    LOAD_OR_RETURN(ids, tokenizer_->Encode(rendered.text, options));
-    if (!add_bos.value_or(false)) return ids;  // templates write it themselves
-  } else {
-    LOAD_OR_RETURN(ids, tokenizer_->Encode(std::get<std::string>(prompt), {.allow_special = allow_special}));
-    if (!add_bos.value_or(tokenizer_->adds_bos())) return ids;
-  }
-  if (info_.bos_token_id) ids.insert(ids.begin(), *info_.bos_token_id);
-  return ids;
-}
-
-// Context and continuation together. Two texts are encoded as one, as they would stand in a document, and what follows the first
-// context.size() tokens is scored: encoded by itself, a continuation might begin with a space of its own (SentencePiece).
-absl::StatusOr<std::vector<int32_t>> EngineImpl::TokensWithContinuation(const ScoreRequest& request, const std::vector<int32_t>& context,
-                                                                        const Prompt& continuation) const {
-  const auto* before = std::get_if<std::string>(&request.context);
-  const auto* after = std::get_if<std::string>(&continuation);
-  if (before != nullptr && after != nullptr) return TokensOf(Prompt(*before + *after), request.add_bos, false);
-  std::vector<int32_t> tokens = context;
-  LOAD_OR_RETURN(const std::vector<int32_t> more, TokensOf(continuation, /*add_bos=*/false, /*allow_special=*/false));
-  tokens.insert(tokens.end(), more.begin(), more.end());
-  return tokens;
-}
-
-absl::Status EngineImpl::CheckFits(const Sequence& sequence) const {
-  const int64_t pages = cache_.PagesFor(sequence.most_tokens());
-  if (pages <= cache_.total()) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat("prompt: with what follows it comes to ", sequence.most_tokens(), " tokens, ", pages,
-                                                 " pages; the KV cache has ", cache_.total()));
+// Hands the sequences of a request to the engine thread, if they can be taken on.
+absl::Status EngineImpl::Admit(absl::StatusOr<RequestBuilder::Built> built, absl::Time deadline, const std::function<void()>& before_it_runs) {
+  if (!built.ok()) return built.status();
+  if (absl::Status s = CheckAdmission(built->new_tokens, deadline); !s.ok()) return s;
+  before_it_runs();
+  Submit(std::move(built->sequences), built->new_tokens);
+  return absl::OkStatus();
 }
 
 // Too much waits already, or it cannot be done in time: better said now than after the wait. What waits may change meanwhile, so this
@@ -578,109 +435,6 @@ absl::Status EngineImpl::CheckAdmission(int64_t prompt_tokens, absl::Time deadli
                                                     absl::FormatDuration(needed)));
   }
   return absl::OkStatus();
-}
-
-// What keys and values depend on beside the tokens, and whose they are. A request that keeps out of the cache has a root of its own: its
-// own sequences still share their prompt.
-std::shared_ptr<const std::string> EngineImpl::ChainRoot(const SchedulingParams& scheduling, const SequenceMemory& memory,
-                                                         const std::string& id) const {
-  if (!scheduling.prefix_cache) return std::make_shared<const std::string>(absl::StrCat("request ", id, " ", absl::Hex(RandomBits())));
-  return std::make_shared<const std::string>(absl::StrCat(memory.Key(), " salt ", scheduling.cache_salt));
-}
-
-absl::StatusOr<std::shared_ptr<Sequence>> EngineImpl::BuildSequence(const GenerateRequest& request,
-                                                                    std::shared_ptr<RequestControl> control,
-                                                                    std::shared_ptr<GenerateListener> listener) {
-  auto sequence = std::make_shared<Sequence>();
-  Sequence& s = *sequence;
-  s.control = control;
-  LOAD_OR_RETURN(s.tokens, TokensOf(request.prompt, request.add_bos, request.allow_special));
-  s.prompt_tokens = static_cast<int64_t>(s.tokens.size());
-  if (absl::Status status = ValidatePromptLength(s.prompt_tokens, limits_.max_context_tokens); !status.ok()) return status;
-
-  const int64_t room = std::min<int64_t>(limits_.max_context_tokens, cache_.total() * cache_.page_size() + 1) - s.prompt_tokens;
-  const int64_t wanted = request.stop.max_tokens.value_or(generation_.max_new_tokens.value_or(limits_.max_context_tokens));
-  s.max_draws = std::max<int64_t>(1, std::min(wanted, room));
-  if (!request.stop.ignore_eos) {
-    s.stop_ids = info_.eos_token_ids;
-    // What ends a turn, where generation_config.json names other tokens alone.
-    if (std::holds_alternative<Chat>(request.prompt)) {
-      for (const std::optional<int32_t> id : {tokenizer_->eos_id(), tokenizer_->end_of_turn_id()}) {
-        if (id) s.stop_ids.push_back(*id);
-      }
-    }
-  }
-  s.stop_ids.insert(s.stop_ids.end(), request.stop.token_ids.begin(), request.stop.token_ids.end());
-  s.temperature = request.sampling.temperature.value_or(generation_.temperature.value_or(0.0f));
-  s.top_k = request.sampling.top_k.value_or(generation_.top_k.value_or(0));
-  s.top_p = request.sampling.top_p.value_or(generation_.top_p.value_or(1.0f));
-  s.seed = request.sampling.seed.has_value() ? *request.sampling.seed : RandomBits();
-  s.memory = Resolve(request.memory, config_.memory);
-  s.rules = LogitRules::New(request.sampling, s.temperature, s.stop_ids, request.stop.min_tokens, config_.vocab_size);
-  s.top_logprobs = request.top_logprobs;
-  if (request.memory_trace) {
-    LOAD_OR_RETURN(s.trace, Resolve(*request.memory_trace, config_.memory, s.prompt_tokens, s.max_draws, options_.max_trace_entries));
-  }
-  s.priority = request.scheduling.priority;
-  s.chain.root = ChainRoot(request.scheduling, s.memory, control->id);
-  if (absl::Status status = CheckFits(s); !status.ok()) return status;
-  if (absl::Status status = CheckAdmission(s.prompt_tokens, request.deadline); !status.ok()) return status;
-
-  const bool nothing_before = s.prompt_tokens == 1 && tokenizer_ != nullptr && tokenizer_->IsSpecial(s.tokens[0]);
-  s.output = std::make_shared<OutputStream>(
-      OutputOptions{.tokenizer = tokenizer_.get(),
-                    .stop_strings = request.stop.strings,
-                    .min_tokens = request.stop.min_tokens,
-                    .logprobs = request.logprobs,
-                    .token_bytes = request.token_bytes,
-                    .starts_text = nothing_before,
-                    .seed = s.seed,
-                    .prompt_tokens = static_cast<int32_t>(s.prompt_tokens)},
-      control, std::move(listener), [this, control] { Unregister(control->id); });
-  return sequence;
-}
-
-absl::StatusOr<std::vector<std::shared_ptr<Sequence>>> EngineImpl::BuildSequences(const ScoreRequest& request,
-                                                                                  std::shared_ptr<RequestControl> control,
-                                                                                  ScoreCallback callback) {
-  LOAD_OR_RETURN(const std::vector<int32_t> context, TokensOf(request.context, request.add_bos, false));
-  if (context.empty()) return absl::InvalidArgumentError("context: has no tokens; at least 1 is needed");
-  auto state = std::make_shared<ScoreState>();
-  state->callback = std::move(callback);
-  state->remaining = static_cast<int>(request.continuations.size());
-  state->result.usage.prompt_tokens = static_cast<int32_t>(context.size());
-  std::vector<std::shared_ptr<Sequence>> sequences;
-  const SequenceMemory memory = Resolve(request.memory, config_.memory);
-  const std::shared_ptr<const std::string> root = ChainRoot(request.scheduling, memory, control->id);
-  int64_t all_tokens = static_cast<int64_t>(context.size());
-  for (size_t i = 0; i < request.continuations.size(); ++i) {
-    auto sequence = std::make_shared<Sequence>();
-    Sequence& s = *sequence;
-    s.control = control;
-    LOAD_OR_RETURN(s.tokens, TokensWithContinuation(request, context, request.continuations[i]));
-    if (s.tokens.size() <= context.size()) {
-      return absl::InvalidArgumentError(absl::StrCat("continuations[", i, "]: has no tokens; at least 1 is needed"));
-    }
-    if (static_cast<int64_t>(s.tokens.size()) > limits_.max_context_tokens) {
-      return absl::InvalidArgumentError(absl::StrCat("continuations[", i, "]: with the context it has ", s.tokens.size(),
-                                                     " tokens; this server accepts ", limits_.max_context_tokens));
-    }
-    s.prompt_tokens = static_cast<int64_t>(s.tokens.size());
-    s.memory = memory;
-    s.priority = request.scheduling.priority;
-    s.chain.root = root;
-    if (i > 0) s.leader = sequences.front();
-    all_tokens += s.prompt_tokens - static_cast<int64_t>(context.size());
-    s.score_begin = static_cast<int64_t>(context.size());
-    s.score_index = static_cast<int>(i);
-    s.score = state;
-    if (absl::Status status = CheckFits(s); !status.ok()) return status;
-    state->result.scores.push_back({.token_ids = {s.tokens.begin() + s.score_begin, s.tokens.end()}});
-    state->result.usage.completion_tokens += static_cast<int32_t>(s.tokens.size() - context.size());
-    sequences.push_back(std::move(sequence));
-  }
-  if (absl::Status status = CheckAdmission(all_tokens, request.deadline); !status.ok()) return status;
-  return sequences;
 }
 
 // ---------------------------------------------------------------- engine thread
@@ -779,12 +533,20 @@ void EngineImpl::EndMarked(absl::Time now) {
       Deliver(sequence, {.status = EndStatus(control)});
       return true;
     }
-    if (control.stop_matched) {
+    if (sequence->output != nullptr && sequence->output->stop_matched()) {
       Deliver(sequence, {.reason = FinishReason::kStop});
       return true;
     }
     return false;
   });
+}
+
+// What of the likeliest tokens belongs to a slot.
+std::vector<TokenLogprob> TopLogprobsOf(const StepResult& result, size_t slot, int32_t count) {
+  std::vector<TokenLogprob> top;
+  const size_t most = result.top_tokens.size() / std::max<size_t>(1, result.tokens.size() + result.score_logprobs.size());
+  for (int32_t r = 0; r < count; ++r) top.push_back({result.top_tokens[slot * most + r], result.top_logprobs[slot * most + r]});
+  return top;
 }
 
 void EngineImpl::Collect() {
@@ -808,20 +570,17 @@ void EngineImpl::Collect() {
     trace.token_id = sequence->tokens[position];
     sequence->trace.Add(std::move(trace));
   }
+  OnScored(plan, *result);
   for (size_t i = 0; i < plan.sampled.size(); ++i) {
-    if (!plan.sampled[i]->ended) OnDrawn(plan.sampled[i], *result, i, now);
+    if (plan.sampled[i].counts()) OnDrawn(plan.sampled[i].sequence, *result, i, now);
   }
-  for (size_t i = 0; i < plan.scored.size(); ++i) {
-    if (!plan.scored[i]->ended) OnScored(plan.scored[i], result->score_logprobs[i], result->score_greedy[i] != 0);
+  for (const StepPlan::Draw& draw : plan.sampled) {
+    Sequence& s = *draw.sequence;
+    if (draw.guesses > 0 || s.guessed.empty()) continue;
+    draft_tokens_ += static_cast<int64_t>(s.guessed.size());
+    accepted_draft_tokens_ += s.accepted;
+    s.TakeBackGuesses();
   }
-}
-
-// What of the likeliest tokens belongs to a slot.
-std::vector<TokenLogprob> TopLogprobsOf(const StepResult& result, size_t slot, int32_t count) {
-  std::vector<TokenLogprob> top;
-  const size_t most = result.top_tokens.size() / std::max<size_t>(1, result.tokens.size());
-  for (int32_t r = 0; r < count; ++r) top.push_back({result.top_tokens[slot * most + r], result.top_logprobs[slot * most + r]});
-  return top;
 }
 
 void EngineImpl::OnDrawn(const std::shared_ptr<Sequence>& sequence, const StepResult& result, size_t slot, absl::Time now) {
@@ -830,12 +589,14 @@ void EngineImpl::OnDrawn(const std::shared_ptr<Sequence>& sequence, const StepRe
   ++completion_tokens_;
   if (s.first_token == absl::InfiniteFuture()) s.first_token = now;
   std::vector<TokenTrace> traces = s.trace.TakeBefore(static_cast<int64_t>(s.tokens.size()));
-  s.tokens.push_back(token);
+  s.Append(token);
   const bool stops = std::find(s.stop_ids.begin(), s.stop_ids.end(), token) != s.stop_ids.end();
-  outputs_.push_back([output = s.output, token, logprob = result.logprobs[slot], stops, top = TopLogprobsOf(result, slot, s.top_logprobs),
-                      traces = std::move(traces)]() mutable {
-    output->OnToken(token, logprob, std::move(top), std::move(traces), !stops);
-  });
+  DrawnToken drawn = {.id = token, .logprob = result.logprobs[slot], .top = TopLogprobsOf(result, slot, s.top_logprobs), .traces = std::move(traces), .stops = stops};
+  if (!s.chosen_logprobs.empty()) {
+    const auto begin = result.chosen_logprobs.begin() + static_cast<int64_t>(slot * result.chosen_logprobs.size() / result.tokens.size());
+    drawn.chosen.assign(begin, begin + static_cast<int64_t>(s.chosen_logprobs.size()));
+  }
+  outputs_.push_back([output = s.output, drawn = std::move(drawn)]() mutable { output->OnToken(std::move(drawn)); });
   const bool full = static_cast<int64_t>(s.tokens.size()) - s.prompt_tokens >= s.max_draws;
   if (!stops && !full) return;
   EngineEnd end = {.reason = stops ? FinishReason::kStop : FinishReason::kLength};
@@ -843,7 +604,31 @@ void EngineImpl::OnDrawn(const std::shared_ptr<Sequence>& sequence, const StepRe
   End(sequence, std::move(end));
 }
 
-void EngineImpl::OnScored(const std::shared_ptr<Sequence>& sequence, float logprob, bool greedy) {
+// Scored slots of a sequence follow each other.
+void EngineImpl::OnScored(const StepPlan& plan, const StepResult& result) {
+  for (size_t i = 0; i < plan.scored.size();) {
+    const std::shared_ptr<Sequence> sequence = plan.scored[i];
+    PromptDelta prompt = {.first = static_cast<int32_t>(sequence->score_begin + sequence->scored)};
+    for (; i < plan.scored.size() && plan.scored[i] == sequence && !sequence->ended; ++i) {
+      const float logprob = result.score_logprobs[i];
+      const int64_t at = sequence->score_begin + sequence->scored++;
+      if (sequence->scores()) {
+        OnContinuationScored(sequence, logprob, result.score_greedy[i] != 0);
+        continue;
+      }
+      prompt.token_ids.push_back(sequence->tokens[at]);
+      prompt.logprobs.push_back(logprob);
+      if (sequence->prompt_top_logprobs > 0) {
+        prompt.top_logprobs.push_back(TopLogprobsOf(result, result.tokens.size() + i, sequence->prompt_top_logprobs));
+      }
+    }
+    while (i < plan.scored.size() && plan.scored[i] == sequence) ++i;  // it has ended
+    if (prompt.token_ids.empty()) continue;
+    outputs_.push_back([output = sequence->output, prompt = std::move(prompt)]() mutable { output->OnPrompt(std::move(prompt)); });
+  }
+}
+
+void EngineImpl::OnContinuationScored(const std::shared_ptr<Sequence>& sequence, float logprob, bool greedy) {
   ContinuationScore& score = sequence->score->result.scores[sequence->score_index];
   score.token_logprobs.push_back(logprob);
   score.logprob += logprob;
@@ -865,6 +650,10 @@ void EngineImpl::Deliver(const std::shared_ptr<Sequence>& sequence, EngineEnd en
     const absl::Time begin = std::min(s.first_step, now);
     const absl::Time first_token = std::min(s.first_token, now);
     end.cached_tokens = static_cast<int32_t>(s.cached_tokens);
+    if (s.drafts) {
+      end.draft_tokens = s.drafts->guessed() + static_cast<int32_t>(s.guessed.size());
+      end.accepted_draft_tokens = s.drafts->accepted() + static_cast<int32_t>(s.accepted);
+    }
     end.timings = {.queue = begin - s.control->arrival, .prefill = first_token - begin, .decode = now - first_token};
     outputs_.push_back([output = s.output, end = std::move(end)] { output->OnEnd(end); });
     return;
@@ -902,6 +691,7 @@ void EngineImpl::UpdateLoad() {
   kernels::MutexLock lock(mutex_);
   load_.running = scheduler_.running();
   load_.waiting = scheduler_.waiting();
+  load_.preempted = scheduler_.preempted();
   load_.waiting_tokens = scheduler_.waiting_tokens();
   load_.kv_pages_total = cache_.total();
   load_.kv_pages_used = cache_.used();
@@ -913,6 +703,8 @@ void EngineImpl::UpdateLoad() {
   load_.steps = steps_;
   load_.prompt_tokens = prompt_tokens_;
   load_.completion_tokens = completion_tokens_;
+  load_.draft_tokens = draft_tokens_;
+  load_.accepted_draft_tokens = accepted_draft_tokens_;
   load_.last_step = last_step_;
 }
 

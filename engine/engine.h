@@ -64,6 +64,7 @@ struct Load {
   int64_t ended_requests = 0;
   int running = 0;
   int waiting = 0;
+  int preempted = 0;         // of those that wait: gave their pages back
   int64_t waiting_tokens = 0;
   int64_t kv_pages_total = 0;
   int64_t kv_pages_used = 0;    // held by sequences
@@ -74,6 +75,8 @@ struct Load {
   int64_t completion_tokens = 0;
   int64_t cached_tokens = 0;    // of prompts, taken from the prefix cache
   int64_t preemptions = 0;
+  int64_t draft_tokens = 0;     // guessed
+  int64_t accepted_draft_tokens = 0;
   absl::Duration last_step;
   StepSummary recent;           // what recent steps took, and what for
   bool draining = false;

@@ -65,6 +65,7 @@ void Executor::Send(Task task, std::shared_ptr<const Batch> batch) {
 
 // The life of a follower's thread.
 void Executor::Follow(Follower& follower, Rank& rank) {
+  bool failed = false;
   while (true) {
     Mail mail;
     {
@@ -75,15 +76,16 @@ void Executor::Follow(Follower& follower, Rank& rank) {
     }
     absl::Status status;
     if (mail.task == Task::kStop) return;
+    if (mail.task == Task::kCall) mail.call(rank);  // also behind a failure: somebody waits
+    if (failed) continue;
     if (mail.task == Task::kLaunch) status = rank.Execute(*mail.batch);
     if (mail.task == Task::kCollect) rank.Collect();
-    if (mail.task == Task::kCall) mail.call(rank);
     if (mail.task == Task::kLogits) status = rank.ExecuteForLogits(*mail.batch).status();
     if (status.ok()) continue;
     rank.collective()->Abort();
     kernels::MutexLock lock(follower.mutex);
     follower.status = status;
-    return;
+    failed = true;
   }
 }
 

@@ -15,12 +15,14 @@ namespace memserve::engine {
 class LogitRules {
  public:
   // Null where the request changes nothing. Temperature, min_p, … as resolved against the checkpoint's defaults. `stop_ids` are banned
-  // until min_tokens are drawn.
+  // until min_tokens are drawn; the last token of a bad word after those before it.
   static std::unique_ptr<LogitRules> New(const SamplingParams& params, float temperature, const std::vector<int32_t>& stop_ids,
-                                         int32_t min_tokens, int vocab_size);
+                                         int32_t min_tokens, std::vector<std::vector<int32_t>> bad_words, int vocab_size);
 
-  // Adds the adjustment of the next slot to the batch. `tokens`: prompt and all that was drawn.
+  // Adds the adjustment of the slot after `tokens` to the batch: prompt and all that was drawn, or is guessed to be.
   void AddTo(Batch& batch, absl::Span<const int32_t> tokens, int64_t prompt_tokens);
+  // Takes back what `tokens` has beyond the first `size`.
+  void TakeBack(absl::Span<const int32_t> tokens, int64_t size, int64_t prompt_tokens);
 
  private:
   struct Count {
@@ -29,13 +31,16 @@ class LogitRules {
   };
 
   LogitRules() = default;
-  void CountUpTo(absl::Span<const int32_t> tokens, int64_t prompt_tokens);
+  void CountWindow(absl::Span<const int32_t> tokens, int64_t end, int64_t prompt_tokens);
+  void Add(int32_t token, bool drawn);
+  void TakeAway(int32_t token, bool drawn);
 
   kernels::LogitAdjustment adjustment_;
   bool looks_back_ = false;
   int64_t window_ = 0;
   std::vector<int32_t> bias_tokens_;
   std::vector<float> bias_values_;
+  std::vector<std::vector<int32_t>> bad_words_;
   std::vector<int32_t> stop_ids_;
   int32_t min_tokens_ = 0;
   std::vector<uint32_t> mask_;  // of all tokens that are allowed; empty: all are

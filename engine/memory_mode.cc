@@ -37,8 +37,8 @@ absl::Status Validate(const MemoryMode& mode, const MemoryConfig& config) {
     return Bad("knn", absl::StrCat(*mode.knn, " is not in [1, ", config.mem_knn, "]"));
   }
   if (mode.layers.size() > config.layers.size()) {
-    return Bad("layers", absl::StrCat("has ", mode.layers.size(), " entries; the model has ", config.layers.size(), " memory layers: ",
-                                      absl::StrJoin(config.layers, ", ")));
+    return Bad("layers", absl::StrCat("has ", mode.layers.size(), " entries; the model has ", config.layers.size(),
+                                      " memory layers: ", absl::StrJoin(config.layers, ", ")));
   }
   for (int32_t layer : mode.layers) {
     if (Contains(config.layers, layer)) continue;

@@ -21,7 +21,8 @@ void SequenceTrace::Add(TokenTrace trace) {
 }
 
 std::vector<TokenTrace> SequenceTrace::TakeBefore(int64_t position) {
-  const auto last = std::find_if(waiting.begin(), waiting.end(), [&](const TokenTrace& trace) { return trace.position >= position; });
+  const auto last =
+      std::find_if(waiting.begin(), waiting.end(), [&](const TokenTrace& trace) { return trace.position >= position; });
   std::vector<TokenTrace> taken(std::make_move_iterator(waiting.begin()), std::make_move_iterator(last));
   waiting.erase(waiting.begin(), last);
   if (!taken.empty()) next = taken.back().position + 1;
@@ -36,7 +37,8 @@ absl::Status Validate(const MemoryTraceParams& params, const MemoryConfig& confi
     return Bad(".entries", absl::StrCat(*params.entries, " is not in [1, ", config.mem_knn, "]"));
   }
   if (params.layers.size() > config.layers.size()) {
-    return Bad(".layers", absl::StrCat("has ", params.layers.size(), " entries; the model has ", config.layers.size(), " memory layers"));
+    return Bad(".layers",
+               absl::StrCat("has ", params.layers.size(), " entries; the model has ", config.layers.size(), " memory layers"));
   }
   for (int32_t layer : params.layers) {
     if (std::find(config.layers.begin(), config.layers.end(), layer) != config.layers.end()) continue;
@@ -45,8 +47,8 @@ absl::Status Validate(const MemoryTraceParams& params, const MemoryConfig& confi
   return absl::OkStatus();
 }
 
-absl::StatusOr<SequenceTrace> Resolve(const MemoryTraceParams& params, const MemoryConfig& config, int64_t prompt_tokens, int64_t max_draws,
-                                      int64_t max_entries) {
+absl::StatusOr<SequenceTrace> Resolve(const MemoryTraceParams& params, const MemoryConfig& config, int64_t prompt_tokens,
+                                      int64_t max_draws, int64_t max_entries) {
   SequenceTrace trace;
   trace.entries = params.entries.value_or(config.mem_knn);
   for (size_t i = 0; i < config.layers.size(); ++i) {
@@ -58,18 +60,20 @@ absl::StatusOr<SequenceTrace> Resolve(const MemoryTraceParams& params, const Mem
   // The token drawn first comes of the prompt's last position: it is told once.
   const int64_t prompt = std::min<int64_t>(params.prompt_tokens, prompt_tokens);
   const int64_t before = std::max<int64_t>(prompt - 1, 0);
-  const int64_t drawn = params.tokens ? std::min<int64_t>(*params.tokens, max_draws) : std::clamp<int64_t>(fit - before, 0, max_draws);
+  const int64_t drawn =
+      params.tokens ? std::min<int64_t>(*params.tokens, max_draws) : std::clamp<int64_t>(fit - before, 0, max_draws);
   trace.begin = prompt_tokens - std::max<int64_t>(prompt, drawn > 0 ? 1 : 0);
   trace.end = prompt_tokens - 1 + std::max<int64_t>(drawn, prompt > 0 ? 1 : 0);
   if (drawn == 0 && prompt == 0) trace.begin = trace.end = 0;
   const int64_t positions = trace.end - trace.begin;
   if (positions <= fit) return trace;
-  return Bad("", absl::StrCat(positions, " tokens of ", trace.layers.size(), " layers, ", config.mem_heads, " heads and ", trace.entries,
-                              " entries are ", positions * of_token, " entries; at most ", max_entries, " are told of a request (",
-                              fit, " tokens)"));
+  return Bad("", absl::StrCat(positions, " tokens of ", trace.layers.size(), " layers, ", config.mem_heads, " heads and ",
+                              trace.entries, " entries are ", positions * of_token, " entries; at most ", max_entries,
+                              " are told of a request (", fit, " tokens)"));
 }
 
-TokenTrace TraceOf(const StepResult& result, int64_t index, int64_t num_traced, const SequenceTrace& sequence, const MemoryConfig& config) {
+TokenTrace TraceOf(const StepResult& result, int64_t index, int64_t num_traced, const SequenceTrace& sequence,
+                   const MemoryConfig& config) {
   TokenTrace trace;
   for (int32_t place : sequence.layers) {
     LayerTrace& layer = trace.layers.emplace_back();

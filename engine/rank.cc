@@ -23,7 +23,8 @@ absl::StatusOr<std::unique_ptr<Rank>> Rank::Build(const ModelConfig& config, con
   std::unique_ptr<Rank> rank(new Rank);
   rank->config_ = &config;
   rank->options_ = options;
-  const ModelLimits limits = {.max_tokens = options.max_tokens, .max_positions = options.max_context_tokens, .count_rows = options.count_rows};
+  const ModelLimits limits = {
+      .max_tokens = options.max_tokens, .max_positions = options.max_context_tokens, .count_rows = options.count_rows};
   LOAD_OR_RETURN(rank->model_, Transformer::Load(config, shard, checkpoint, limits, loader, workspace, backend));
 
   const int64_t tokens = options.max_tokens;
@@ -56,9 +57,12 @@ absl::StatusOr<std::unique_ptr<Rank>> Rank::Build(const ModelConfig& config, con
     set.masks = workspace.Take<uint32_t>(sequences, (config.vocab_size + 31) / 32);
     set.masked_end = workspace.Take<int32_t>(sequences, 1);
     set.masked_rows = workspace.Take<int32_t>(sequences, static_cast<int64_t>(kMaxMaskedRows));
-    set.top_counts = workspace.Take<int32_t>(sequences, 1);
-    set.top_tokens = workspace.Take<int32_t>(sequences, kMaxTopLogprobs);
-    set.top_logprobs = workspace.Take(sequences, kMaxTopLogprobs);
+    set.top_counts = workspace.Take<int32_t>(tokens, 1);
+    set.top_tokens = workspace.Take<int32_t>(tokens, kMaxTopLogprobs);
+    set.top_logprobs = workspace.Take(tokens, kMaxTopLogprobs);
+    set.chosen_tokens = workspace.Take<int32_t>(sequences, kMaxChosenLogprobs);
+    set.chosen_logprobs = workspace.Take(sequences, kMaxChosenLogprobs);
+    set.page_copies = workspace.Take<int32_t>(sequences, 2);
   }
   rank->adjusted_ = workspace.Take(std::min(rank->model_->max_logit_rows(), options.max_sequences), config.vocab_size);
   rank->ignored_ = workspace.Take<int32_t>(options.max_sequences, 1);
@@ -131,8 +135,10 @@ std::vector<bool> Rank::SpreadKnn(const Batch& batch) {
     }
     for (int64_t t = 0; t < tokens; ++t) token_knn_[m * tokens + t] = knn[batch.sequence[t]];
     const bool on = std::any_of(knn.begin(), knn.end(), [](int32_t rows_of) { return rows_of > 0; });
-    if (rows == layers) memory_on[m] = on;
-    else memory_on.assign(layers, on);
+    if (rows == layers)
+      memory_on[m] = on;
+    else
+      memory_on.assign(layers, on);
   }
   return memory_on;
 }
@@ -163,6 +169,8 @@ ForwardContext Rank::CopyToDevice(const Batch& batch, const StepArrays& arrays) 
   copy(arrays.bias_values, batch.bias_values);
   copy(arrays.masks, batch.masks);
   copy(arrays.top_counts, batch.top_logprobs);
+  copy(arrays.chosen_tokens, batch.chosen_tokens);
+  copy(arrays.page_copies, batch.page_copies);
   const int64_t tokens = batch.num_tokens();
   return {.backend = backend_.get(),
           .collective = collective_.get(),
@@ -200,22 +208,30 @@ double Rank::SampleAndScore(const ForwardContext& context, const Batch& batch, c
                           .tokens = {arrays.sampled + begin, {count}},
                           .logprobs = {arrays.logprobs + begin, {count}}});
       }
-      if (const int64_t most = batch.most_top_logprobs(); most > 0) {
-        backend_->TopLogprobs({.logits = logits,
-                               .counts = {arrays.top_counts + begin, {count}},
-                               .tokens = {arrays.top_tokens + begin * most, {count, most}},
-                               .logprobs = {arrays.top_logprobs + begin * most, {count, most}}});
-      }
+      TellLogprobs(batch, arrays, begin, batch.most_chosen, logits);
     } else {
       const int64_t scored = begin - batch.num_sampled();
       backend_->TokenLogprob({.logits = logits,
                               .targets = {arrays.score_targets + scored, {count}},
                               .logprobs = {arrays.score_logprobs + scored, {count}},
                               .is_greedy = {arrays.score_greedy + scored, {count}}});
+      TellLogprobs(batch, arrays, begin, /*chosen=*/0, logits);
     }
     begin += count;
   }
   return logits_seconds;
+}
+
+// What is told beside the slots from `begin` on.
+void Rank::TellLogprobs(const Batch& batch, const StepArrays& arrays, int64_t begin, int64_t chosen, TensorView<const float, 2> logits) {
+  const int64_t count = logits.dim(0), most = batch.most_top_logprobs();
+  if (most == 0 && chosen == 0) return;
+  backend_->TopLogprobs({.logits = logits,
+                         .counts = {arrays.top_counts + begin, {count}},
+                         .tokens = {arrays.top_tokens + begin * most, {count, most}},
+                         .logprobs = {arrays.top_logprobs + begin * most, {count, most}},
+                         .chosen = {arrays.chosen_tokens + begin * chosen, {count, chosen}},
+                         .chosen_logprobs = {arrays.chosen_logprobs + begin * chosen, {count, chosen}}});
 }
 
 // Draws from adjusted logits; the log-probability told is that of the model's own.
@@ -254,6 +270,10 @@ absl::Status Rank::Execute(const Batch& batch) {
                             .from_slot = {arrays.from_slot, {batch.num_tokens()}},
                             .sampled = {arrays_[1 - set].sampled, {options_.max_tokens}}};
   const Clock::time_point begin = Clock::now();
+  if (!batch.page_copies.empty()) {
+    const TensorView<const int32_t, 2> copies(arrays.page_copies, {static_cast<int64_t>(batch.page_copies.size()) / 2, 2});
+    for (const kernels::KvPages& pages : pages_) backend_->KvCopy({.pages_from_to = copies, .pages = pages});
+  }
   if (absl::Status s = model_->Forward(context, input, pages_); !s.ok()) return s;
   const double model_seconds = SecondsSince(begin);
   const Clock::time_point slots_begin = Clock::now();
@@ -261,6 +281,7 @@ absl::Status Rank::Execute(const Batch& batch) {
   in_flight_.push_back({.num_sampled = batch.num_sampled(),
                         .num_scored = batch.num_slots() - batch.num_sampled(),
                         .most_top_logprobs = batch.most_top_logprobs(),
+                        .most_chosen = batch.most_chosen,
                         .num_traced = batch.num_traced(),
                         .set = set,
                         .forward_seconds = model_seconds + logits_seconds,
@@ -317,8 +338,9 @@ StepResult Rank::Collect() {
   };
   copy(result.tokens, arrays.sampled, step.num_sampled);
   copy(result.logprobs, arrays.logprobs, step.num_sampled);
-  copy(result.top_tokens, arrays.top_tokens, step.num_sampled * step.most_top_logprobs);
-  copy(result.top_logprobs, arrays.top_logprobs, step.num_sampled * step.most_top_logprobs);
+  copy(result.top_tokens, arrays.top_tokens, (step.num_sampled + step.num_scored) * step.most_top_logprobs);
+  copy(result.top_logprobs, arrays.top_logprobs, (step.num_sampled + step.num_scored) * step.most_top_logprobs);
+  copy(result.chosen_logprobs, arrays.chosen_logprobs, step.num_sampled * step.most_chosen);
   copy(result.score_logprobs, arrays.score_logprobs, step.num_scored);
   copy(result.score_greedy, arrays.score_greedy, step.num_scored);
   const MemoryConfig& memory = config_->memory;

@@ -83,7 +83,7 @@ class Rank {
  private:
   // Device arrays of one step. Two sets, used in turn.
   struct StepArrays {
-    int32_t *token_ids, *from_slot, *positions, *sequence, *memory_knn, *masked_end, *masked_rows, *block_tables, *traced_tokens, *logit_tokens, *score_targets;
+    int32_t *token_ids, *from_slot, *positions, *sequence, *memory_knn, *masked_end, *masked_rows, *block_tables, *traced_tokens, *logit_tokens, *score_targets, *page_copies, *chosen_tokens;
     int64_t* kv_slots;
     kernels::SamplingSlot* sampling;
     kernels::LogitAdjustment* adjustments;
@@ -91,12 +91,13 @@ class Rank {
     float* bias_values;
     uint32_t* masks;
     int32_t *sampled, *score_greedy, *top_tokens, *trace_rows;        // out
-    float *logprobs, *score_logprobs, *top_logprobs, *trace_weights;  // out
+    float *logprobs, *score_logprobs, *top_logprobs, *chosen_logprobs, *trace_weights;  // out
   };
   struct InFlight {
     int64_t num_sampled;
     int64_t num_scored;
     int64_t most_top_logprobs;
+    int64_t most_chosen;
     int64_t num_traced;
     int set;
     double forward_seconds, sample_seconds;
@@ -112,6 +113,7 @@ class Rank {
   ForwardContext CopyToDevice(const Batch& batch, const StepArrays& arrays);
   // Returns the seconds that the logits took.
   double SampleAndScore(const ForwardContext& context, const Batch& batch, const StepArrays& arrays);
+  void TellLogprobs(const Batch& batch, const StepArrays& arrays, int64_t begin, int64_t chosen, kernels::TensorView<const float, 2> logits);
   void SampleAdjusted(const Batch& batch, const StepArrays& arrays, int64_t begin, kernels::TensorView<const float, 2> logits);
 
   const ModelConfig* config_ = nullptr;

@@ -44,6 +44,7 @@ struct SamplingParams {
   std::vector<std::pair<int32_t, float>> logit_bias;  // at most 1024 tokens, each once; [-1000, 1000]
   std::vector<int32_t> allowed_token_ids;   // no others are drawn; empty: all
   std::vector<int32_t> banned_token_ids;    // at most 1024
+  std::vector<std::string> bad_words;       // at most 128 of 1 … 256 bytes: never drawn as the tokens that spell them
 };
 
 struct StopParams {
@@ -51,6 +52,7 @@ struct StopParams {
   std::vector<std::string> strings;    // at most 16 of 1 … 256 bytes
   std::vector<int32_t> token_ids;      // at most 64
   bool ignore_eos = false;
+  bool include_matched = false;        // the text of what matched is given too
   int32_t min_tokens = 0;              // before so many are drawn nothing that stops is drawn or matched; at most max_tokens
 };
 
@@ -70,6 +72,13 @@ struct MemoryTraceParams {
   std::vector<int32_t> layers;     // of the model; empty: all that have memory
 };
 
+// Guesses at what follows, verified as they are computed. The answer is the same without.
+struct SpeculationParams {
+  int32_t max_draft_tokens = 8;  // [1, 16], in one step
+  int32_t min_ngram = 2;         // [1, 16]: so many tokens at least, and
+  int32_t max_ngram = 4;         // [min_ngram, 16] at most must have been seen before
+};
+
 // Where a request stands among the others.
 struct SchedulingParams {
   int32_t priority = 0;      // [-1000, 1000]; higher goes first, and may take pages from lower ones that run
@@ -82,12 +91,19 @@ struct GenerateRequest {
   Prompt prompt;
   std::optional<bool> add_bos;  // unset: before a text, where the tokenizer puts one; before a chat, what its template writes
   bool allow_special = false;   // names of special tokens in a text give these tokens
+  std::optional<int32_t> truncate_prompt;  // >= 1: of a longer prompt the last so many tokens, a begin-of-sequence token in front counted
+  int32_t n = 1;                       // choices that are given, [1, 128]
+  std::optional<int32_t> best_of;      // choices that are drawn, [n, 128]; the n of the largest mean logprob are given, best first. Unset: n
   SamplingParams sampling;
   StopParams stop;
   MemoryMode memory;
   bool logprobs = false;
   int32_t top_logprobs = 0;  // beside each token so many of the likeliest; at most 20
+  std::vector<int32_t> logprob_token_ids;  // beside each token the logprobs of these; at most 64
+  std::optional<int32_t> prompt_logprobs;  // the prompt's too, and beside each so many of the likeliest; at most 20
+  bool echo = false;                       // the prompt's tokens and text
   bool token_bytes = false;
+  std::optional<SpeculationParams> speculation;  // unset: none; none with memory_trace either
   std::optional<MemoryTraceParams> memory_trace;
   SchedulingParams scheduling;
   absl::Time deadline = absl::InfiniteFuture();
@@ -123,12 +139,24 @@ struct TokenTrace {
   std::vector<LayerTrace> layers;
 };
 
+// A part of the prompt: its tokens and text (echo), or the log-probabilities of tokens, given those before them.
+struct PromptDelta {
+  int32_t first = 0;  // position of the first of token_ids
+  std::vector<int32_t> token_ids;
+  std::string text;                       // echo
+  std::vector<std::string> token_bytes;   // echo: beside token_ids, if asked for
+  std::vector<float> logprobs;            // beside token_ids
+  std::vector<std::vector<TokenLogprob>> top_logprobs;  // beside token_ids, if asked for: likeliest first
+};
+
 struct Delta {
+  int32_t choice = 0;  // of a request's n
   std::string text;  // whole UTF-8 characters; may be empty while text is held back
   std::vector<int32_t> token_ids;
   std::vector<float> logprobs;           // beside token_ids, if asked for
   std::vector<std::string> token_bytes;  // beside token_ids, if asked for
   std::vector<std::vector<TokenLogprob>> top_logprobs;  // beside token_ids, if asked for: likeliest first
+  std::vector<std::vector<float>> chosen_logprobs;      // beside token_ids, if asked for: of each of logprob_token_ids
   std::vector<TokenTrace> memory_traces;  // if asked for: up to the pass that the last of token_ids was drawn from
 };
 
@@ -137,7 +165,10 @@ enum class FinishReason { kStop, kLength };
 struct Usage {
   int32_t prompt_tokens = 0;
   int32_t cached_tokens = 0;
-  int32_t completion_tokens = 0;
+  int32_t completion_tokens = 0;      // of this choice
+  int32_t all_completion_tokens = 0;  // of all that were drawn, those not given included; 0 but for the last choice
+  int32_t draft_tokens = 0;           // guessed
+  int32_t accepted_draft_tokens = 0;  // of these, drawn
 };
 
 struct Timings {
@@ -146,7 +177,10 @@ struct Timings {
   absl::Duration decode;
 };
 
+// The end of one choice.
 struct Finished {
+  int32_t choice = 0;
+  bool last = true;  // no other choice goes on
   FinishReason reason = FinishReason::kStop;
   std::string text;  // held back until now
   std::optional<std::string> stop_string;
@@ -156,10 +190,12 @@ struct Finished {
   uint64_t seed = 0;
 };
 
-// Hears one generation. Calls come one after the other, from one of the engine's threads, and must not block. OnFinished is the last.
+// Hears one generation. Calls come one after the other, from one of the engine's threads, and must not block. OnFinished ends a
+// choice, or with an error all of them; the one that says so is the last.
 class GenerateListener {
  public:
   virtual ~GenerateListener() = default;
+  virtual void OnPrompt(PromptDelta) {}  // before the first delta
   virtual void OnDelta(Delta delta) = 0;
   virtual void OnFinished(absl::StatusOr<Finished> finished) = 0;
 };

@@ -1,7 +1,7 @@
 #include "engine/scheduler.h"
 
 #include <algorithm>
-#include <numeric>
+#include <utility>
 
 #include "kernels/check.h"
 
@@ -14,8 +14,8 @@ int64_t Known(const Sequence& sequence) {
 
 // Tokens whose values are known or will be when this step runs, and which are not planned yet.
 int64_t Ready(const Sequence& sequence, int64_t step) {
-  // What was drawn last may change the logits of the next draw: then it must be known.
-  const int64_t in_flight = sequence.rules == nullptr && sequence.last_draw_step == step - 1 && sequence.planned == static_cast<int64_t>(sequence.tokens.size()) ? 1 : 0;
+  // What was drawn last may change the logits of the next draw, or be what guesses follow: then it must be known.
+  const int64_t in_flight = sequence.rules == nullptr && !sequence.drafts && sequence.last_draw_step == step - 1 && sequence.planned == static_cast<int64_t>(sequence.tokens.size()) ? 1 : 0;
   return std::min(Known(sequence) + in_flight, sequence.most_tokens()) - sequence.planned;
 }
 
@@ -35,6 +35,16 @@ bool WaitsForLeader(const Sequence& sequence) {
   return leader != nullptr && !leader->ended && leader->planned < leader->shared_tokens();
 }
 
+// The adjustment of one slot. Its guesses count as drawn for it alone.
+void AdjustLogits(const StepPlan::Draw& draw, Batch& batch) {
+  Sequence& s = *draw.sequence;
+  const auto known = static_cast<int64_t>(s.tokens.size());
+  s.tokens.insert(s.tokens.end(), s.guessed.begin(), s.guessed.begin() + draw.guesses);
+  s.rules->AddTo(batch, s.tokens, s.prompt_tokens);
+  s.rules->TakeBack(s.tokens, known, s.prompt_tokens);
+  s.tokens.resize(known);
+}
+
 }  // namespace
 
 void Scheduler::Add(std::shared_ptr<Sequence> sequence) {
@@ -43,7 +53,7 @@ void Scheduler::Add(std::shared_ptr<Sequence> sequence) {
 }
 
 void Scheduler::Wait(std::shared_ptr<Sequence> sequence) {
-  sequence->waits_with = static_cast<int64_t>(sequence->tokens.size());
+  sequence->waits_with = static_cast<int64_t>(sequence->tokens.size()) - (sequence->leader != nullptr ? sequence->leader->shared_tokens() : 0);
   waiting_tokens_ += sequence->waits_with;
   Insert(waiting_, std::move(sequence));
 }
@@ -60,9 +70,25 @@ bool Scheduler::TakeUp(const std::shared_ptr<Sequence>& sequence) {
     return false;
   }
   s.planned = found * cache_.page_size();
+  if (s.leader != nullptr && Fork(s)) s.planned = s.leader->shared_tokens();
   if (s.preemptions == 0) s.cached_tokens = s.planned;
   s.leader = nullptr;
   waiting_tokens_ -= s.waits_with;
+  preempted_ -= s.preemptions > 0 ? 1 : 0;
+  return true;
+}
+
+// The page that the leader's prompt ends in is copied: from there on the two differ. All pages before it are shared.
+bool Scheduler::Fork(Sequence& s) {
+  const Sequence& leader = *s.leader;
+  const int64_t shared = leader.shared_tokens(), page = shared / cache_.page_size();
+  const bool has = !leader.ended && leader.planned >= shared && page < static_cast<int64_t>(leader.pages.size());
+  if (!has || s.planned != page * cache_.page_size() || shared % cache_.page_size() == 0 || s.cacheable_tokens() < shared ||
+      static_cast<int64_t>(page_copies_.size()) >= 2 * options_.max_sequences ||
+      !std::equal(s.tokens.begin() + s.planned, s.tokens.begin() + shared, leader.tokens.begin() + s.planned)) {
+    return false;
+  }
+  page_copies_.insert(page_copies_.end(), {leader.pages[page], s.pages[page]});
   return true;
 }
 
@@ -93,6 +119,7 @@ void Scheduler::Preempt(Queue::iterator victim) {
   s.planned = 0;
   ++s.preemptions;
   ++preemptions_;
+  ++preempted_;
   Wait(sequence);
 }
 
@@ -106,12 +133,25 @@ bool Scheduler::FindPageFor(const Sequence& sequence) {
   return true;
 }
 
+// Guesses what follows the last token, as far as there are pages that nobody else will need for his next token.
+void Scheduler::Guess(Sequence& s, int64_t most) {
+  most = std::min(most, s.prompt_tokens + s.max_draws - 1 - static_cast<int64_t>(s.tokens.size()));
+  s.guessed = s.drafts->Guess(s.tokens, most);
+  s.accepted = 0;
+  s.guessed_at = s.preemptions;
+  const auto room = [&] { return static_cast<int64_t>(s.pages.size()) * cache_.page_size() - s.planned - 1; };
+  while (room() < static_cast<int64_t>(s.guessed.size()) && cache_.available() > running()) MEMSERVE_CHECK(cache_.Allocate(1, &s.pages));
+  if (room() < static_cast<int64_t>(s.guessed.size())) s.guessed.resize(room());
+}
+
 StepPlan Scheduler::Schedule(int64_t step, absl::Time now, const StepTimes& times) {
   Admit();
   StepPlan plan;
   plan.batch.step = step;
+  plan.batch.page_copies = std::exchange(page_copies_, {});
   std::vector<Planned> planned;
   int64_t budget = options_.max_batch_tokens;
+  int64_t guesses = options_.max_sequences - running();  // a step has so many slots that draw
   for (auto next = running_.begin(); next != running_.end() && budget > 0;) {
     const std::shared_ptr<Sequence> sequence = *next;
     if (!Decodes(*sequence) || Ready(*sequence, step) <= 0) {
@@ -127,9 +167,11 @@ StepPlan Scheduler::Schedule(int64_t step, absl::Time now, const StepTimes& time
     if (sequence->planned == static_cast<int64_t>(sequence->pages.size()) * cache_.page_size()) {
       MEMSERVE_CHECK(cache_.Allocate(1, &sequence->pages));
     }
-    plan.work.Add(sequence->planned, 1);
-    planned.push_back({sequence, 1});
-    --budget;
+    if (sequence->drafts) Guess(*sequence, std::min(budget - 1, guesses));
+    planned.push_back({sequence, 1 + static_cast<int64_t>(sequence->guessed.size())});
+    plan.work.Add(sequence->planned, planned.back().count);
+    guesses -= planned.back().count - 1;
+    budget -= planned.back().count;
   }
   const StepWork decodes = plan.work;
   for (const std::shared_ptr<Sequence>& sequence : running_) {
@@ -157,29 +199,33 @@ StepPlan Scheduler::Schedule(int64_t step, absl::Time now, const StepTimes& time
   return plan;
 }
 
-// Slots that sample come first, and of them those whose logits are adjusted. Until here last_draw_slot holds the token's index in the
-// batch and batch.logit_tokens those of scored slots only.
+// Slots that sample come first, and of them those whose logits are adjusted. Until here batch.logit_tokens has those of scored slots only.
 void Scheduler::OrderSlots(StepPlan& plan) {
   Batch& batch = plan.batch;
-  std::vector<size_t> order(plan.sampled.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_partition(order.begin(), order.end(), [&](size_t i) { return plan.sampled[i]->rules != nullptr; });
-  std::vector<std::shared_ptr<Sequence>> sampled;
-  std::vector<kernels::SamplingSlot> sampling;
+  std::stable_partition(plan.sampled.begin(), plan.sampled.end(), [&](const StepPlan::Draw& draw) { return draw.sequence->rules != nullptr; });
   std::vector<int32_t> logit_tokens;
-  for (size_t slot = 0; slot < order.size(); ++slot) {
-    Sequence& s = *plan.sampled[order[slot]];
-    sampled.push_back(plan.sampled[order[slot]]);
-    sampling.push_back(batch.sampling[order[slot]]);
-    logit_tokens.push_back(s.last_draw_slot);
-    s.last_draw_slot = static_cast<int32_t>(slot);
-    if (s.rules != nullptr) s.rules->AddTo(batch, s.tokens, s.prompt_tokens);
+  for (const StepPlan::Draw& draw : plan.sampled) {
+    Sequence& s = *draw.sequence;
+    s.last_draw_slot = static_cast<int32_t>(logit_tokens.size());
+    logit_tokens.push_back(draw.token);
+    batch.sampling.push_back({.temperature = s.temperature,
+                              .top_k = s.top_k,
+                              .top_p = s.top_p,
+                              .seed = s.seed,
+                              .choice = static_cast<uint32_t>(s.choice),
+                              .position = static_cast<uint32_t>(batch.positions[draw.token] + 1)});
+    if (s.rules != nullptr) AdjustLogits(draw, batch);
     batch.top_logprobs.push_back(s.top_logprobs);
+    batch.most_chosen = std::max(batch.most_chosen, static_cast<int64_t>(s.chosen_logprobs.size()));
   }
-  if (std::all_of(batch.top_logprobs.begin(), batch.top_logprobs.end(), [](int32_t count) { return count == 0; })) batch.top_logprobs.clear();
+  for (const StepPlan::Draw& draw : plan.sampled) {
+    const std::vector<int32_t>& chosen = draw.sequence->chosen_logprobs;
+    batch.chosen_tokens.insert(batch.chosen_tokens.end(), chosen.begin(), chosen.end());
+    batch.chosen_tokens.resize(batch.chosen_tokens.size() + batch.most_chosen - chosen.size(), -1);
+  }
+  for (const std::shared_ptr<Sequence>& sequence : plan.scored) batch.top_logprobs.push_back(std::max(0, sequence->prompt_top_logprobs));
+  if (batch.most_chosen == 0 && std::all_of(batch.top_logprobs.begin(), batch.top_logprobs.end(), [](int32_t count) { return count == 0; })) batch.top_logprobs.clear();
   logit_tokens.insert(logit_tokens.end(), batch.logit_tokens.begin(), batch.logit_tokens.end());
-  plan.sampled = std::move(sampled);
-  batch.sampling = std::move(sampling);
   batch.logit_tokens = std::move(logit_tokens);
 }
 
@@ -196,10 +242,11 @@ void Scheduler::PlanTokens(const Planned& planned, int64_t step, absl::Time now,
 
   for (int64_t i = 0; i < planned.count; ++i) {
     const int64_t position = s.planned++;
-    const bool known = position < static_cast<int64_t>(s.tokens.size());
+    const int64_t beyond = position - static_cast<int64_t>(s.tokens.size());
+    const bool guessed = beyond >= 0 && beyond < static_cast<int64_t>(s.guessed.size());
     if (position < s.prompt_tokens) ++plan.prompt_tokens;
-    batch.token_ids.push_back(known ? s.tokens[position] : 0);
-    batch.from_slot.push_back(known ? -1 : s.last_draw_slot);
+    batch.token_ids.push_back(beyond < 0 ? s.tokens[position] : guessed ? s.guessed[beyond] : 0);
+    batch.from_slot.push_back(beyond < 0 || guessed ? -1 : s.last_draw_slot);
     batch.positions.push_back(static_cast<int32_t>(position));
     batch.sequence.push_back(row);
     batch.kv_slots.push_back(s.pages[position / cache_.page_size()] * cache_.page_size() + position % cache_.page_size());
@@ -208,23 +255,16 @@ void Scheduler::PlanTokens(const Planned& planned, int64_t step, absl::Time now,
       batch.traced_tokens.push_back(token);
       plan.traced.push_back({planned.sequence, position});
     }
-    if (s.scores() && position + 1 >= s.score_begin + s.scored_planned) {
+    if (s.score_begin > 0 && position + 1 >= s.score_begin + s.scored_planned && position + 1 < s.score_end) {
       batch.logit_tokens.push_back(token);
       batch.score_targets.push_back(s.tokens[position + 1]);
       plan.scored.push_back(planned.sequence);
       ++s.scored_planned;
     }
     if (!s.scores() && s.planned == s.prompt_tokens + s.draws_planned) {
-      batch.sampling.push_back({.temperature = s.temperature,
-                                .top_k = s.top_k,
-                                .top_p = s.top_p,
-                                .seed = s.seed,
-                                .choice = 0,
-                                .position = static_cast<uint32_t>(s.planned)});
-      plan.sampled.push_back(planned.sequence);
+      plan.sampled.push_back({planned.sequence, token, guessed ? static_cast<int32_t>(beyond + 1) : 0});
       ++s.draws_planned;
       s.last_draw_step = step;
-      s.last_draw_slot = token;
     }
   }
   PublishPages(s);
@@ -256,6 +296,7 @@ void Scheduler::RemoveIf(const std::function<bool(const std::shared_ptr<Sequence
     if (!visit(sequence)) return false;
     sequence->ended = true;
     waiting_tokens_ -= sequence->waits_with;
+    preempted_ -= sequence->preemptions > 0 ? 1 : 0;
     return true;
   });
 }

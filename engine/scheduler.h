@@ -4,6 +4,9 @@
 // once there are pages for all the tokens that are known of them; pages for what they draw are found as they go. When there are none,
 // the newest sequence of the lowest priority gives its pages back and is computed again later, with the same outcome: what was drawn
 // stays drawn, and keys and values do not depend on the batches they were computed in.
+//
+// A sequence may guess what it will draw (drafts.h): its guesses run beside its last token, each with a slot of its own that draws as if
+// they were right.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +30,13 @@ struct SchedulerOptions {
 // A step on its way: its batch, and whom each logit slot belongs to.
 struct StepPlan {
   Batch batch;
-  std::vector<std::shared_ptr<Sequence>> sampled;  // [slots that sample]
+  struct Draw {
+    std::shared_ptr<Sequence> sequence;
+    int32_t token = 0;    // of the batch, whose logits are drawn from
+    int32_t guesses = 0;  // the last so many tokens up to there are guessed: what is drawn counts if they were all drawn
+    bool counts() const { return !sequence->ended && guesses <= sequence->accepted; }
+  };
+  std::vector<Draw> sampled;                       // [slots that sample]
   std::vector<std::shared_ptr<Sequence>> scored;   // [slots that are scored]
   struct Traced {
     std::shared_ptr<Sequence> sequence;
@@ -57,6 +66,7 @@ class Scheduler {
 
   int running() const { return static_cast<int>(running_.size()); }
   int waiting() const { return static_cast<int>(waiting_.size()); }
+  int preempted() const { return preempted_; }                // of those that wait
   int64_t waiting_tokens() const { return waiting_tokens_; }  // known of those that wait
   int64_t preemptions() const { return preemptions_; }        // since the start
 
@@ -70,6 +80,8 @@ class Scheduler {
   void Wait(std::shared_ptr<Sequence> sequence);
   void Admit();
   bool TakeUp(const std::shared_ptr<Sequence>& sequence);
+  bool Fork(Sequence& sequence);
+  void Guess(Sequence& sequence, int64_t most);
   bool FindPageFor(const Sequence& sequence);
   void Preempt(Queue::iterator victim);
   void PlanTokens(const Planned& planned, int64_t step, absl::Time now, StepPlan& plan);
@@ -80,8 +92,10 @@ class Scheduler {
   KvCache& cache_;
   Queue waiting_, running_;
   int64_t waiting_tokens_ = 0;
+  std::vector<int32_t> page_copies_;  // of the next step
   int64_t next_order_ = 0;
   int64_t preemptions_ = 0;
+  int preempted_ = 0;
 };
 
 }  // namespace memserve::engine

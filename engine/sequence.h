@@ -4,11 +4,13 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "engine/drafts.h"
 #include "engine/kv_cache.h"
 #include "engine/logit_rules.h"
 #include "engine/memory_mode.h"
@@ -24,7 +26,6 @@ struct RequestControl {
   absl::Time deadline = absl::InfiniteFuture();
   absl::Time arrival;
   std::atomic<int> end_code{0};            // an absl::StatusCode: end with this; 0: go on
-  std::atomic<bool> stop_matched{false};   // the output thread found a stop string: draw no more
 
   void End(absl::StatusCode code) {
     int expected = 0;
@@ -33,7 +34,13 @@ struct RequestControl {
 };
 
 class OutputStream;
-struct ScoreState;
+
+// Gathers the scores of one request's continuations. Engine thread only, once they run.
+struct ScoreState {
+  ScoreCallback callback;
+  ScoreResult result;
+  int remaining = 0;  // continuations that have not ended
+};
 
 // Engine thread only (before it arrives there: the thread that builds it).
 struct Sequence {
@@ -46,25 +53,33 @@ struct Sequence {
   int32_t top_k = 0;
   float top_p = 1;
   uint64_t seed = 0;
+  int32_t choice = 0;                 // among those of its request
   SequenceMemory memory;
   SequenceTrace trace;
   std::unique_ptr<LogitRules> rules;  // null: the logits stay as they are
   int32_t top_logprobs = 0;
+  std::vector<int32_t> chosen_logprobs;  // tokens whose logprobs are told beside each draw
+  std::optional<Drafts> drafts;          // guesses at what follows, if asked for
 
   int32_t priority = 0;               // higher goes first
   // Is not taken up before this sequence has computed the prompt (or ended), so that its pages can be shared. May be null.
   std::shared_ptr<const Sequence> leader;
 
-  // Scoring instead of drawing: the continuation begins here. 0: drawing.
-  int64_t score_begin = 0;
+  // Tokens [score_begin, score_end) are scored. 0: none. Of a continuation that is all there is to do; of a prompt, draws follow.
+  int64_t score_begin = 0, score_end = 0;
+  int32_t prompt_top_logprobs = -1;   // of a prompt: beside each so many of the likeliest
   int score_index = 0;                // among the continuations of the request
   std::shared_ptr<ScoreState> score;  // then this hears the results,
   std::shared_ptr<OutputStream> output;  // else this
 
   // Progress. Planned means computed or in flight.
   int64_t planned = 0;                // tokens whose keys and values are written; falls to 0 when it is preempted
-  int64_t scored_planned = 0;         // scores
+  int64_t scored_planned = 0;         // scores, and of these
+  int64_t scored = 0;                 // collected
   int64_t draws_planned = 0;
+  std::vector<int32_t> guessed;       // by drafts, in the step in flight: tokens after `tokens`
+  int64_t accepted = 0;               // of these, so far
+  int guessed_at = 0;                 // preemptions when they were planned
   int64_t last_draw_step = -1;        // the step in flight that draws the token after `tokens`, and its slot
   int32_t last_draw_slot = -1;
   std::vector<int32_t> pages;         // of the KV cache
@@ -77,10 +92,26 @@ struct Sequence {
   absl::Time first_step = absl::InfiniteFuture();
   absl::Time first_token = absl::InfiniteFuture();
 
-  bool scores() const { return score_begin > 0; }
+  // A token that was drawn and counts. If it is the next guess, what was drawn after that guess counts too.
+  void Append(int32_t token) {
+    tokens.push_back(token);
+    if (accepted < static_cast<int64_t>(guessed.size()) && guessed[accepted] == token) ++accepted;
+  }
+  // Once a step is collected: what follows a guess that was wrong was computed in vain.
+  void TakeBackGuesses() {
+    const auto size = static_cast<int64_t>(guessed.size());
+    draws_planned -= size - accepted;
+    if (guessed_at == preemptions) planned -= size - accepted;
+    drafts->Learn(size, accepted);
+    guessed.clear();
+    accepted = 0;
+  }
+
+  bool scores() const { return score_begin > 0 && prompt_top_logprobs < 0; }  // and does not draw
   // Tokens that may be taken from the cache: the rest is wanted for its logits.
   int64_t cacheable_tokens() const {
-    return trace.Cacheable(scores() ? score_begin - 1 + scored_planned : static_cast<int64_t>(tokens.size()) - 1);
+    const bool wanted = score_begin + scored_planned < score_end;
+    return trace.Cacheable(wanted ? score_begin - 1 + scored_planned : static_cast<int64_t>(tokens.size()) - 1);
   }
   // Tokens that the followers of a leader share with it.
   int64_t shared_tokens() const { return scores() ? score_begin - 1 : prompt_tokens - 1; }

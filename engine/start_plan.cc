@@ -89,12 +89,18 @@ absl::Status CheckOptions(const EngineOptions& o, const ModelConfig& config) {
            CheckRange("threads", o.threads, 0, 4096),
            CheckRange("step_depth", o.step_depth, 0, 2),
            CheckRange("tokenizer_threads", o.tokenizer_threads, 1, 256),
-           CheckRange("max_trace_entries", o.max_trace_entries, 0, int64_t{1} << 32),
+           CheckRange("max_trace_entries", o.max_trace_entries, 0, 1 << 24),
            CheckRange("loader_threads", o.loader_threads, 0, 256),
            CheckRange("max_prompt_bytes", o.max_prompt_bytes, 1, bytes),
            CheckRange("devices", static_cast<int64_t>(o.devices.size()), 1, std::min(64, config.n_heads)),
        }) {
     if (!status.ok()) return status;
+  }
+  if (!(o.kv_cache_fraction >= 0 && o.kv_cache_fraction <= 1)) {
+    return absl::InvalidArgumentError(absl::StrCat("kv_cache_fraction: ", o.kv_cache_fraction, " is not in [0, 1]"));
+  }
+  if (o.kv_cache_fraction > 0 && o.kv_cache_bytes > 0) {
+    return absl::InvalidArgumentError("kv_cache_fraction: kv_cache_bytes says how much; give one of them");
   }
   if (o.kv_page_size % kernels::kAttentionBlock != 0) {
     return absl::InvalidArgumentError(
@@ -125,6 +131,14 @@ absl::Status PlanRanks(const ModelConfig& config, const Checkpoint& checkpoint, 
 absl::StatusOr<int64_t> ResolveKvPages(const EngineOptions& options, const StartPlan& plan) {
   const int64_t page_bytes = plan.Sum(&RankPlan::kv_bytes_per_page);
   const int64_t per_context = plan.executor.rank.pages_per_sequence();
+  if (options.kv_cache_fraction > 0) {
+    const double free = static_cast<double>(std::max<int64_t>(0, plan.available_bytes - (plan.total() - plan.Sum(&RankPlan::kv_bytes))));
+    const auto pages = static_cast<int64_t>(options.kv_cache_fraction * free / static_cast<double>(page_bytes));
+    // An int32 names a page.
+    if (pages >= 1) return std::min<int64_t>(pages, INT32_MAX);
+    return absl::InvalidArgumentError(absl::StrCat("kv_cache_fraction: ", options.kv_cache_fraction, " of the ", FormatBytes(static_cast<int64_t>(free)),
+                                                   " that are free beside the rest is less than one page, ", FormatBytes(page_bytes)));
+  }
   if (options.kv_cache_bytes == 0) {
     return std::max<int64_t>(per_context, std::min(kDefaultContexts * per_context, plan.available_bytes / 4 / page_bytes));
   }

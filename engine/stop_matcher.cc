@@ -30,7 +30,7 @@ std::string StopMatcher::Append(std::string_view text) {
     }
     hold = std::max(hold, LongestBeginning(held_, stop));
   }
-  const size_t shown = matched_ ? first : held_.size() - hold;
+  const size_t shown = matched_ ? first + (include_ ? matched_->size() : 0) : held_.size() - hold;
   std::string out = held_.substr(0, shown);
   held_.erase(0, shown);
   return out;

@@ -10,8 +10,8 @@ namespace memserve::engine {
 
 class StopMatcher {
  public:
-  // None of `stops` is empty.
-  explicit StopMatcher(std::vector<std::string> stops) : stops_(std::move(stops)) {}
+  // None of `stops` is empty. `include`: what matches is shown too.
+  explicit StopMatcher(std::vector<std::string> stops, bool include = false) : stops_(std::move(stops)), include_(include) {}
 
   // The text that may be shown now. If a stop string is complete, what stands before its first occurrence, and matched() is set;
   // of several that begin at the same place the longest. What may become a stop string is held back.
@@ -23,6 +23,7 @@ class StopMatcher {
 
  private:
   const std::vector<std::string> stops_;
+  const bool include_;
   std::string held_;
   std::optional<std::string> matched_;
 };

@@ -45,7 +45,8 @@ absl::Status Validate(const ReadRowsRequest& request, const ModelConfig& config)
 
 absl::Status Validate(const RowStatsRequest& request, const ModelConfig& config) {
   if (absl::Status s = CheckLayer(request.layer, config.memory); !s.ok()) return s;
-  if (request.top < 0 || request.top > kMaxTopRows) return Bad("top", absl::StrCat(request.top, " is not in [0, ", kMaxTopRows, "]"));
+  if (request.top < 0 || request.top > kMaxTopRows)
+    return Bad("top", absl::StrCat(request.top, " is not in [0, ", kMaxTopRows, "]"));
   if (request.rows.size() > kMaxCountedRows) {
     return Bad("rows", absl::StrCat("has ", request.rows.size(), " rows; at most ", kMaxCountedRows, " are accepted"));
   }
@@ -62,22 +63,16 @@ RowStatsScan::RowStatsScan(RowStatsRequest request, int64_t table_rows) : reques
   stats_.counts.resize(request_.rows.size());
 }
 
-// `top` is a heap whose front is the row that was read least.
+// Candidates for the top are gathered and cut back now and then, which is cheaper than a heap where later rows are read more and
+// more.
 void RowStatsScan::Add(absl::Span<const uint32_t> counts) {
-  const auto size = static_cast<size_t>(request_.top);
-  std::vector<std::pair<int32_t, uint32_t>>& top = stats_.top;
+  constexpr size_t kCandidates = 8;  // times as many as are asked for
   for (size_t i = 0; i < counts.size(); ++i) {
     stats_.reads += counts[i];
     stats_.distinct_rows += counts[i] > 0 ? 1 : 0;
-    // A row must exceed it: later rows lose against equals.
-    const uint32_t least = size == 0 ? UINT32_MAX : top.size() < size ? 0 : top.front().second;
-    if (counts[i] <= least) continue;
-    if (top.size() == size) {
-      std::pop_heap(top.begin(), top.end(), ReadMore);
-      top.pop_back();
-    }
-    top.emplace_back(static_cast<int32_t>(next_row_ + static_cast<int64_t>(i)), counts[i]);
-    std::push_heap(top.begin(), top.end(), ReadMore);
+    if (counts[i] <= least_ || request_.top == 0) continue;  // later rows lose against equals
+    stats_.top.emplace_back(static_cast<int32_t>(next_row_ + static_cast<int64_t>(i)), counts[i]);
+    if (stats_.top.size() >= kCandidates * static_cast<size_t>(request_.top)) CutTop();
   }
   for (size_t i = 0; i < request_.rows.size(); ++i) {
     const int64_t at = request_.rows[i] - next_row_;
@@ -86,7 +81,16 @@ void RowStatsScan::Add(absl::Span<const uint32_t> counts) {
   next_row_ += static_cast<int64_t>(counts.size());
 }
 
+void RowStatsScan::CutTop() {
+  const int64_t size = request_.top;
+  if (static_cast<int64_t>(stats_.top.size()) < size || size == 0) return;
+  std::nth_element(stats_.top.begin(), stats_.top.begin() + size - 1, stats_.top.end(), ReadMore);
+  stats_.top.resize(size);
+  least_ = stats_.top.back().second;
+}
+
 RowStats RowStatsScan::Finish() {
+  CutTop();
   std::sort(stats_.top.begin(), stats_.top.end(), ReadMore);
   return std::move(stats_);
 }

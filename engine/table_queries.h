@@ -40,13 +40,15 @@ struct RowStatsRequest {
 };
 
 // Counts of a table since the start or the last reset. Each read of a row by a token that ran counts once, also when the token was
-// computed again, or drafted and given up. A count stays at 2^32 - 1. While requests run, counts of different rows may be some steps apart.
+// computed again, or drafted and given up. A count stays at 2^32 - 1. While requests run, counts of different rows may be some
+// steps apart.
 struct RowStats {
   int64_t table_rows = 0;
-  uint64_t reads = 0;          // of all rows
-  int64_t distinct_rows = 0;   // that were read
-  std::vector<std::pair<int32_t, uint32_t>> top;  // row and count: the largest first, the lower row first among equals; none of count 0
-  std::vector<uint32_t> counts;                   // of the rows asked for, in their order
+  uint64_t reads = 0;         // of all rows
+  int64_t distinct_rows = 0;  // that were read
+  std::vector<std::pair<int32_t, uint32_t>>
+      top;                       // row and count: the largest first, the lower row first among equals; none of count 0
+  std::vector<uint32_t> counts;  // of the rows asked for, in their order
   absl::Duration since;
 };
 
@@ -57,21 +59,25 @@ absl::Status Validate(const RowStatsRequest& request, const ModelConfig& config)
 // The table that the layer of a valid request reads, by its place among the model's tables.
 int64_t TableOf(std::optional<int32_t> layer, const MemoryConfig& config);
 
-// Goes through a table's counters a slice at a time, so that no step waits for long: a slice is a memory copy and one pass over 1 MiB.
+// Goes through a table's counters a slice at a time, so that no step waits for long: a slice is a memory copy and one pass over 512
+// KiB.
 class RowStatsScan {
  public:
-  static constexpr int64_t kSliceRows = int64_t{1} << 18;
+  static constexpr int64_t kSliceRows = int64_t{1} << 17;
 
   RowStatsScan(RowStatsRequest request, int64_t table_rows);
 
   int64_t next_row() const { return next_row_; }
   int64_t next_rows() const { return std::min(kSliceRows, stats_.table_rows - next_row_); }  // 0: done
-  void Add(absl::Span<const uint32_t> counts);  // of the next rows
+  void Add(absl::Span<const uint32_t> counts);                                               // of the next rows
   RowStats Finish();
 
  private:
+  void CutTop();
+
   const RowStatsRequest request_;
-  RowStats stats_;
+  RowStats stats_;      // its top is a list of candidates until the end
+  uint32_t least_ = 0;  // that a row must have been read more than
   int64_t next_row_ = 0;
 };
 

@@ -146,6 +146,51 @@ absl::Status CheckStop(const StopParams& stop, const RequestLimits& limits) {
   return CheckIds("stop.token_ids", stop.token_ids, limits.vocab_size);
 }
 
+absl::Status CheckInt(absl::string_view field, int64_t value, int64_t low, int64_t high) {
+  if (value >= low && value <= high) return absl::OkStatus();
+  return Bad(field, absl::StrCat(value, " is not in [", low, ", ", high, "]"));
+}
+
+absl::Status CheckBadWords(const std::vector<std::string>& words, const RequestLimits& limits) {
+  if (static_cast<int64_t>(words.size()) > kMaxBadWords) {
+    return Bad("bad_words", absl::StrCat("has ", words.size(), " words; at most ", kMaxBadWords, " are accepted"));
+  }
+  for (size_t i = 0; i < words.size(); ++i) {
+    if (words[i].empty() || words[i].size() > kMaxBadWordBytes) {
+      return Bad("bad_words", absl::StrCat("word ", i, " has ", words[i].size(), " bytes; 1 to ", kMaxBadWordBytes, " are accepted"));
+    }
+    if (FindBrokenUtf8(words[i]) != std::string::npos) return Bad("bad_words", absl::StrCat("word ", i, " is not UTF-8"));
+  }
+  if (words.empty() || limits.has_tokenizer) return absl::OkStatus();
+  return absl::UnimplementedError("bad_words: the checkpoint has no tokenizer; use banned_token_ids");
+}
+
+absl::Status CheckChoices(const GenerateRequest& request) {
+  if (absl::Status s = CheckInt("n", request.n, 1, kMaxChoices); !s.ok()) return s;
+  if (!request.best_of) return absl::OkStatus();
+  return CheckInt("best_of", *request.best_of, request.n, kMaxChoices);
+}
+
+absl::Status CheckSpeculation(const SpeculationParams& speculation) {
+  for (const absl::Status& status : {CheckInt("speculation.max_draft_tokens", speculation.max_draft_tokens, 1, kMaxDraftTokens),
+                                     CheckInt("speculation.min_ngram", speculation.min_ngram, 1, kMaxDraftTokens),
+                                     CheckInt("speculation.max_ngram", speculation.max_ngram, speculation.min_ngram, kMaxDraftTokens)}) {
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckLogprobs(const GenerateRequest& request, const RequestLimits& limits) {
+  const int64_t most = std::min<int64_t>(kMaxTopLogprobs, limits.vocab_size);
+  if (absl::Status s = CheckInt("top_logprobs", request.top_logprobs, 0, most); !s.ok()) return s;
+  if (absl::Status s = CheckInt("prompt_logprobs", request.prompt_logprobs.value_or(0), 0, most); !s.ok()) return s;
+  if (static_cast<int64_t>(request.logprob_token_ids.size()) > kMaxChosenLogprobs) {
+    return Bad("logprob_token_ids",
+               absl::StrCat("has ", request.logprob_token_ids.size(), " ids; at most ", kMaxChosenLogprobs, " are accepted"));
+  }
+  return CheckIds("logprob_token_ids", request.logprob_token_ids, limits.vocab_size);
+}
+
 absl::Status CheckScheduling(const SchedulingParams& scheduling) {
   if (scheduling.priority < -kMaxPriority || scheduling.priority > kMaxPriority) {
     return Bad("scheduling.priority", absl::StrCat(scheduling.priority, " is not in [", -kMaxPriority, ", ", kMaxPriority, "]"));
@@ -162,14 +207,18 @@ absl::Status CheckScheduling(const SchedulingParams& scheduling) {
 absl::Status Validate(const GenerateRequest& request, const RequestLimits& limits) {
   for (const absl::Status& status : {CheckId(request.id), CheckPrompt("prompt", request.prompt, limits), CheckSampling(request.sampling),
                                      CheckLogitChanges(request.sampling, limits), CheckStop(request.stop, limits),
-                                     CheckScheduling(request.scheduling), Validate(request.memory, limits.memory)}) {
+                                     CheckScheduling(request.scheduling), Validate(request.memory, limits.memory), CheckLogprobs(request, limits),
+                                     CheckChoices(request), CheckBadWords(request.sampling.bad_words, limits)}) {
     if (!status.ok()) return status;
+  }
+  if (request.truncate_prompt && *request.truncate_prompt < 1) {
+    return Bad("truncate_prompt", absl::StrCat(*request.truncate_prompt, " is not at least 1"));
+  }
+  if (request.speculation) {
+    if (absl::Status s = CheckSpeculation(*request.speculation); !s.ok()) return s;
   }
   if (request.memory_trace) {
     if (absl::Status s = Validate(*request.memory_trace, limits.memory); !s.ok()) return s;
-  }
-  if (request.top_logprobs < 0 || request.top_logprobs > std::min<int64_t>(kMaxTopLogprobs, limits.vocab_size)) {
-    return Bad("top_logprobs", absl::StrCat(request.top_logprobs, " is not in [0, ", std::min<int64_t>(kMaxTopLogprobs, limits.vocab_size), "]"));
   }
   return absl::OkStatus();
 }
@@ -188,6 +237,13 @@ absl::Status Validate(const ScoreRequest& request, const RequestLimits& limits) 
     if (absl::Status s = CheckPrompt(field, request.continuations[i], limits); !s.ok()) return s;
   }
   return absl::OkStatus();
+}
+
+absl::Status ValidatePromptLogprobs(int64_t tokens, int32_t top) {
+  const int64_t entries = tokens * (1 + top);
+  if (entries <= kMaxPromptLogprobs) return absl::OkStatus();
+  return Bad("prompt_logprobs", absl::StrCat(top, " beside each of ", tokens, " tokens make ", entries, " entries; at most ", kMaxPromptLogprobs,
+                                             " are accepted"));
 }
 
 absl::Status ValidatePromptLength(int64_t tokens, int max_context_tokens) {

@@ -17,6 +17,10 @@ inline constexpr size_t kMaxContinuations = 256;
 inline constexpr size_t kMaxIdBytes = 256;
 inline constexpr size_t kMaxSaltBytes = 256;
 inline constexpr int32_t kMaxPriority = 1000;
+inline constexpr int32_t kMaxChoices = 128;
+inline constexpr size_t kMaxBadWordBytes = 256;
+inline constexpr int32_t kMaxDraftTokens = 16;
+inline constexpr int64_t kMaxPromptLogprobs = 1 << 20;  // entries of a reply
 inline constexpr size_t kMaxMessages = 4096;
 inline constexpr size_t kMaxRoleBytes = 64;
 
@@ -32,6 +36,9 @@ struct RequestLimits {
 // All but the number of tokens of a text, which is known later.
 absl::Status Validate(const GenerateRequest& request, const RequestLimits& limits);
 absl::Status Validate(const ScoreRequest& request, const RequestLimits& limits);
+
+// A reply with so many of the likeliest tokens beside each of `tokens` is not too large.
+absl::Status ValidatePromptLogprobs(int64_t tokens, int32_t top);
 
 // A prompt of `tokens` leaves room for at least one more, and is not empty.
 absl::Status ValidatePromptLength(int64_t tokens, int max_context_tokens);

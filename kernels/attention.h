@@ -1,4 +1,4 @@
-// Causal attention over a paged KV cache, and the write of new keys and values into it.
+// Causal attention over a paged KV cache, and the writes of keys and values into it.
 //
 //   slot(t)         = block_tables[sequence[t], position[t] / page_size] · page_size + position[t] mod page_size
 //   score[t, h, p]  = scale · Σ_d q[t, h, d] · K[slot of p, kv(h), d]        p in (position[t] − window, position[t]]
@@ -39,7 +39,11 @@ struct KvPages {
 
   // Bytes of keys (and as many of values): page_bytes_each() for each page.
   int64_t bytes_each() const { return num_pages * page_bytes_each(); }
-  int64_t page_bytes_each() const { return page_size * kv_heads * (head_dim * SizeOf(dtype) + (quantised() ? 4 : 0)); }
+  int64_t page_bytes_each() const {
+    return page_value_bytes() + (quantised() ? page_scales() * static_cast<int64_t>(sizeof(float)) : 0);
+  }
+  int64_t page_value_bytes() const { return page_size * kv_heads * head_dim * SizeOf(dtype); }
+  int64_t page_scales() const { return page_size * kv_heads; }
 
   // int8 has a scale for each token and KV head, float [num_pages, kv_heads, page_size], behind the codes of all pages.
   bool quantised() const { return dtype == DType::kI8; }
@@ -58,6 +62,12 @@ struct KvWriteArgs {
   TensorView<const float, 3> k;        // [num_tokens, kv_heads, head_dim], after rotary
   TensorView<const float, 3> v;        // [num_tokens, kv_heads, head_dim]
   TensorView<const int64_t, 1> slots;  // [num_tokens], distinct: page · page_size + place in it
+  KvPages pages;
+};
+
+// Copies whole pages, keys and values: page [i, 0] to page [i, 1]. A page is copied to once, and then not from.
+struct KvCopyArgs {
+  TensorView<const int32_t, 2> pages_from_to;  // [copies, 2]
   KvPages pages;
 };
 

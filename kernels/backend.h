@@ -76,6 +76,7 @@ class Backend {
   virtual void MatMul(const MatMulArgs& args) = 0;
   virtual void Rope(const RopeArgs& args) = 0;
   virtual void KvWrite(const KvWriteArgs& args) = 0;
+  virtual void KvCopy(const KvCopyArgs& args) = 0;
   virtual void Attention(const AttentionArgs& args) = 0;
   virtual void SiluProduct(const SiluProductArgs& args) = 0;
   virtual void SigmoidGate(const SigmoidGateArgs& args) = 0;

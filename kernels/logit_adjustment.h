@@ -43,12 +43,15 @@ struct AdjustLogitsArgs {
   TensorView<float, 2> out;                          // out: [slots, vocab_size]; may be logits itself
 };
 
-// The largest logits of each slot and their log-probabilities, largest first, ties: lower id first. Slots want different numbers.
+// The largest logits of each slot and their log-probabilities, largest first, ties: lower id first; and those of chosen tokens. Slots want
+// different numbers. log p = logit − log Σ exp(logits), NaN as −inf; the bits are those of Sample and TokenLogprob.
 struct TopLogprobsArgs {
   TensorView<const float, 2> logits;      // [slots, vocab_size]
   TensorView<const int32_t, 1> counts;    // [slots], each in [0, columns of tokens] and at most vocab_size
   TensorView<int32_t, 2> tokens;          // out: [slots, most]; -1 beyond a slot's count
   TensorView<float, 2> logprobs;          // out: [slots, most]; 0 there
+  TensorView<const int32_t, 2> chosen;    // optional: [slots, chosen], each in [0, vocab_size), or -1
+  TensorView<float, 2> chosen_logprobs;   // out, beside chosen; 0 where it is -1
 };
 
 }  // namespace memserve::kernels

@@ -71,6 +71,7 @@ engine::SamplingParams ToSampling(const v1::SamplingParams& params) {
   sampling.allowed_token_ids.assign(params.allowed_token_ids().begin(), params.allowed_token_ids().end());
   if (params.has_min_p()) sampling.min_p = params.min_p();
   if (params.has_typical_p()) sampling.typical_p = params.typical_p();
+  sampling.bad_words.assign(params.bad_words().begin(), params.bad_words().end());
   return sampling;
 }
 
@@ -81,6 +82,7 @@ engine::StopParams ToStop(const v1::StopParams& params) {
   stop.token_ids.assign(params.token_ids().begin(), params.token_ids().end());
   stop.ignore_eos = params.ignore_eos();
   stop.min_tokens = params.min_tokens();
+  stop.include_matched = params.include_matched();
   return stop;
 }
 
@@ -101,6 +103,15 @@ engine::MemoryTraceParams ToMemoryTrace(const v1::MemoryTraceParams& params) {
   return trace;
 }
 
+engine::SpeculationParams ToSpeculation(const v1::SpeculationParams& params) {
+  engine::SpeculationParams speculation;
+  if (params.has_max_draft_tokens()) speculation.max_draft_tokens = params.max_draft_tokens();
+  if (params.has_min_ngram()) speculation.min_ngram = params.min_ngram();
+  if (params.has_max_ngram()) speculation.max_ngram = params.max_ngram();
+  else speculation.max_ngram = std::max(speculation.max_ngram, speculation.min_ngram);
+  return speculation;
+}
+
 engine::SchedulingParams ToScheduling(const v1::SchedulingParams& params) {
   return {.priority = params.priority(),
           .prefix_cache = !params.has_prefix_cache() || params.prefix_cache(),
@@ -112,6 +123,18 @@ v1::Usage ToProto(const engine::Usage& usage) {
   result.set_prompt_tokens(usage.prompt_tokens);
   result.set_cached_tokens(usage.cached_tokens);
   result.set_completion_tokens(usage.completion_tokens);
+  result.set_draft_tokens(usage.draft_tokens);
+  result.set_accepted_draft_tokens(usage.accepted_draft_tokens);
+  result.set_all_completion_tokens(usage.all_completion_tokens);
+  return result;
+}
+
+v1::TopLogprobs ToProto(const std::vector<engine::TokenLogprob>& top) {
+  v1::TopLogprobs result;
+  for (const auto& [id, logprob] : top) {
+    result.add_token_ids(id);
+    result.add_logprobs(logprob);
+  }
   return result;
 }
 
@@ -154,6 +177,13 @@ absl::StatusOr<engine::GenerateRequest> ToEngine(const v1::GenerateRequest& requ
   result.logprobs = request.output().logprobs();
   result.token_bytes = request.output().token_bytes();
   result.top_logprobs = request.output().top_logprobs();
+  if (request.output().has_prompt_logprobs()) result.prompt_logprobs = request.output().prompt_logprobs();
+  result.echo = request.output().echo();
+  result.logprob_token_ids.assign(request.output().logprob_token_ids().begin(), request.output().logprob_token_ids().end());
+  if (request.has_speculation()) result.speculation = ToSpeculation(request.speculation());
+  if (request.has_n()) result.n = request.n();
+  if (request.has_best_of()) result.best_of = request.best_of();
+  if (request.has_truncate_prompt()) result.truncate_prompt = request.truncate_prompt();
   if (request.output().has_memory_trace()) result.memory_trace = ToMemoryTrace(request.output().memory_trace());
   result.deadline = deadline;
   return result;
@@ -179,18 +209,25 @@ absl::StatusOr<engine::ScoreRequest> ToEngine(const v1::ScoreRequest& request, c
   return result;
 }
 
+v1::PromptDelta ToProto(engine::PromptDelta delta) {
+  v1::PromptDelta result;
+  result.set_first(delta.first);
+  result.set_text(std::move(delta.text));
+  result.mutable_token_ids()->Assign(delta.token_ids.begin(), delta.token_ids.end());
+  result.mutable_logprobs()->Assign(delta.logprobs.begin(), delta.logprobs.end());
+  for (std::string& bytes : delta.token_bytes) result.add_token_bytes(std::move(bytes));
+  for (const std::vector<engine::TokenLogprob>& top : delta.top_logprobs) *result.add_top_logprobs() = ToProto(top);
+  return result;
+}
+
 void Join(engine::Delta delta, v1::Delta& waiting) {
+  waiting.set_choice(delta.choice);
   waiting.mutable_text()->append(delta.text);
   waiting.mutable_token_ids()->Add(delta.token_ids.begin(), delta.token_ids.end());
   waiting.mutable_logprobs()->Add(delta.logprobs.begin(), delta.logprobs.end());
   for (std::string& bytes : delta.token_bytes) waiting.add_token_bytes(std::move(bytes));
-  for (const std::vector<engine::TokenLogprob>& top : delta.top_logprobs) {
-    v1::TopLogprobs& to = *waiting.add_top_logprobs();
-    for (const auto& [id, logprob] : top) {
-      to.add_token_ids(id);
-      to.add_logprobs(logprob);
-    }
-  }
+  for (const std::vector<engine::TokenLogprob>& top : delta.top_logprobs) *waiting.add_top_logprobs() = ToProto(top);
+  for (const std::vector<float>& chosen : delta.chosen_logprobs) waiting.mutable_chosen_logprobs()->Add(chosen.begin(), chosen.end());
   for (const engine::TokenTrace& trace : delta.memory_traces) *waiting.add_memory_traces() = ToProto(trace);
 }
 
@@ -216,6 +253,7 @@ v1::Finished ToProto(engine::Finished finished, const std::string& request_id) {
   *result.mutable_usage() = ToProto(finished.usage);
   *result.mutable_timings() = ToProto(finished.timings);
   result.set_seed(finished.seed);
+  result.set_choice(finished.choice);
   result.set_request_id(request_id);
   result.set_text(std::move(finished.text));
   return result;
@@ -283,6 +321,9 @@ v1::GetLoadResponse ToProto(const engine::Load& load) {
   response.set_kv_pages_cached(load.kv_pages_cached);
   response.set_cached_tokens(load.cached_tokens);
   response.set_preemptions(load.preemptions);
+  response.set_preempted(load.preempted);
+  response.set_draft_tokens(load.draft_tokens);
+  response.set_accepted_draft_tokens(load.accepted_draft_tokens);
   return response;
 }
 
@@ -341,7 +382,8 @@ v1::RowStatsResponse ToProto(const engine::RowStats& stats, const v1::RowStatsRe
   return response;
 }
 
-absl::StatusOr<engine::GenerateRequest> ToEngine(const v1::TraceRequest& request, const engine::ModelInfo& model, absl::Time deadline) {
+absl::StatusOr<engine::GenerateRequest> ToEngine(const v1::TraceRequest& request, const engine::ModelInfo& model,
+                                                 absl::Time deadline) {
   v1::GenerateRequest generate;
   if (request.has_request_id()) generate.set_request_id(request.request_id());
   if (request.has_model()) generate.set_model(request.model());

@@ -23,6 +23,7 @@ absl::StatusOr<engine::ScoreRequest> ToEngine(const v1::ScoreRequest& request, c
 
 // Appends a delta to one that waits.
 void Join(engine::Delta delta, v1::Delta& waiting);
+v1::PromptDelta ToProto(engine::PromptDelta delta);
 v1::Finished ToProto(engine::Finished finished, const std::string& request_id);
 v1::ScoreResponse ToProto(const engine::ScoreResult& result, const std::string& request_id);
 v1::GetModelResponse ToProto(const engine::ModelInfo& model);

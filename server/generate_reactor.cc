@@ -15,6 +15,7 @@ constexpr size_t kMaxJoinedBytes = 256 << 10;
 size_t SizeOf(const engine::Delta& delta) {
   size_t bytes = delta.text.size() + sizeof(int32_t) * delta.token_ids.size() + sizeof(float) * delta.logprobs.size();
   for (const std::string& token : delta.token_bytes) bytes += sizeof(std::string) + token.size();
+  for (const auto& chosen : delta.chosen_logprobs) bytes += chosen.size() * sizeof(float);
   for (const auto& top : delta.top_logprobs) bytes += sizeof(top) + top.size() * sizeof(top[0]);
   for (const engine::TokenTrace& trace : delta.memory_traces) {
     for (const engine::LayerTrace& layer : trace.layers) bytes += sizeof(layer) + 3 * sizeof(int32_t) * layer.rows.size();
@@ -48,6 +49,25 @@ void GenerateReactor::OnDelta(engine::Delta delta) {
     Append(std::move(delta));
     too_slow = in_flight_ && unread_bytes_ > max_unread_bytes_;
   }
+  Heard(too_slow);
+}
+
+void GenerateReactor::OnPrompt(engine::PromptDelta delta) {
+  bool too_slow = false;
+  {
+    const absl::MutexLock lock(&mutex_);
+    taken_ = true;
+    if (given_up_) return;
+    unread_.emplace_back();
+    *unread_.back().message.mutable_prompt() = ToProto(std::move(delta));
+    unread_.back().bytes = unread_.back().message.ByteSizeLong();
+    unread_bytes_ += unread_.back().bytes;
+    too_slow = in_flight_ && unread_bytes_ > max_unread_bytes_;
+  }
+  Heard(too_slow);
+}
+
+void GenerateReactor::Heard(bool too_slow) {
   if (too_slow) {
     GiveUp(grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED,
                         absl::StrCat("this stream's reader is too slow: more than ", max_unread_bytes_, " bytes are unread")));
@@ -59,7 +79,7 @@ void GenerateReactor::OnDelta(engine::Delta delta) {
 void GenerateReactor::OnFinished(absl::StatusOr<engine::Finished> finished) {
   {
     const absl::MutexLock lock(&mutex_);
-    end_ = given_up_status_.value_or(ToGrpc(finished.status()));
+    if (!finished.ok() || finished->last) end_ = given_up_status_.value_or(ToGrpc(finished.status()));
     if (finished.ok() && !given_up_) {
       unread_.emplace_back();
       *unread_.back().message.mutable_finished() = ToProto(*std::move(finished), id_);
@@ -70,7 +90,10 @@ void GenerateReactor::OnFinished(absl::StatusOr<engine::Finished> finished) {
 
 void GenerateReactor::Append(engine::Delta delta) {
   const size_t bytes = SizeOf(delta);
-  if (unread_.empty() || unread_.back().bytes + bytes > kMaxJoinedBytes) unread_.emplace_back();
+  const bool joins = !unread_.empty() && unread_.back().bytes + bytes <= kMaxJoinedBytes && !unread_.back().message.has_finished() &&
+                     !unread_.back().message.has_prompt() &&
+                     (!unread_.back().message.has_delta() || unread_.back().message.delta().choice() == delta.choice);
+  if (!joins) unread_.emplace_back();
   Join(std::move(delta), *unread_.back().message.mutable_delta());
   unread_.back().bytes += bytes;
   unread_bytes_ += bytes;

@@ -25,6 +25,7 @@ class GenerateReactor final : public grpc::ServerWriteReactor<v1::GenerateRespon
   // Hands the request to the engine. The result deletes itself.
   static GenerateReactor* Start(Gate::Pass engine, engine::GenerateRequest request, size_t max_unread_bytes);
 
+  void OnPrompt(engine::PromptDelta delta) override;
   void OnDelta(engine::Delta delta) override;
   void OnFinished(absl::StatusOr<engine::Finished> finished) override;
 
@@ -40,6 +41,8 @@ class GenerateReactor final : public grpc::ServerWriteReactor<v1::GenerateRespon
     size_t bytes = 0;
   };
 
+  // Writes what is unread, or gives the stream up where that is too much.
+  void Heard(bool too_slow);
   void Append(engine::Delta delta) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Starts the next write, or ends the stream after the last; nothing while an operation is in flight.
   void Proceed();

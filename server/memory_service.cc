@@ -30,10 +30,11 @@ grpc::ServerUnaryReactor* MemoryService::GetRows(grpc::CallbackServerContext* co
   absl::StatusOr<Gate::Pass> engine = gate_.Enter();
   if (!engine.ok()) return Finish(*context, engine.status());
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  (*engine)->ReadRows(ToEngine(*request), [reactor, request, response, pass = *engine](const absl::StatusOr<engine::TableRows>& rows) {
-    if (rows.ok()) *response = ToProto(*rows, *request);
-    reactor->Finish(ToGrpc(rows.status()));
-  });
+  (*engine)->ReadRows(ToEngine(*request),
+                      [reactor, request, response, pass = *engine](const absl::StatusOr<engine::TableRows>& rows) {
+                        if (rows.ok()) *response = ToProto(*rows, *request);
+                        reactor->Finish(ToGrpc(rows.status()));
+                      });
   return reactor;
 }
 
@@ -42,10 +43,11 @@ grpc::ServerUnaryReactor* MemoryService::RowStats(grpc::CallbackServerContext* c
   absl::StatusOr<Gate::Pass> engine = gate_.Enter();
   if (!engine.ok()) return Finish(*context, engine.status());
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  (*engine)->CountRows(ToEngine(*request), [reactor, request, response, pass = *engine](const absl::StatusOr<engine::RowStats>& stats) {
-    if (stats.ok()) *response = ToProto(*stats, *request);
-    reactor->Finish(ToGrpc(stats.status()));
-  });
+  (*engine)->CountRows(ToEngine(*request),
+                       [reactor, request, response, pass = *engine](const absl::StatusOr<engine::RowStats>& stats) {
+                         if (stats.ok()) *response = ToProto(*stats, *request);
+                         reactor->Finish(ToGrpc(stats.status()));
+                       });
   return reactor;
 }
 

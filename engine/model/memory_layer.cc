@@ -136,7 +136,8 @@ absl::Status MemoryLayer::Forward(const ForwardContext& context, const MemoryScr
   Search(context, scratch, x);
   if (!context.traced_tokens.empty()) Trace(context, scratch);
   const std::array<int64_t, 2> bags = {tokens, int64_t{memory.mem_heads} * memory.mem_knn};
-  if (table_->counts != nullptr) backend.CountRows({.rows = TensorView<int32_t, 2>(scratch.rows, bags), .counts = {table_->counts, {table_->rows}}});
+  if (table_->counts != nullptr)
+    backend.CountRows({.rows = TensorView<int32_t, 2>(scratch.rows, bags), .counts = {table_->counts, {table_->rows}}});
   if (memory.peer_variant) ScaleByExperts(context, scratch, x);
 
   const kernels::RowStore::Ticket ticket = table_->values->Start(

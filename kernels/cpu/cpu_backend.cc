@@ -70,6 +70,7 @@ class CpuBackend final : public Backend {
   void MatMul(const MatMulArgs& args) override;
   void Rope(const RopeArgs& args) override;
   void KvWrite(const KvWriteArgs& args) override;
+  void KvCopy(const KvCopyArgs& args) override;
   void Attention(const AttentionArgs& args) override;
   void SiluProduct(const SiluProductArgs& args) override;
   void SigmoidGate(const SigmoidGateArgs& args) override;
@@ -166,6 +167,20 @@ void CpuBackend::KvWrite(const KvWriteArgs& args) {
   functions_.kv_write(context_, args);
 }
 
+void CpuBackend::KvCopy(const KvCopyArgs& args) {
+  CheckPages(args.pages);
+  const int64_t bytes = args.pages.page_value_bytes(), scales = args.pages.page_scales();
+  for (int64_t i = 0; i < args.pages_from_to.dim(0); ++i) {
+    const int64_t from = args.pages_from_to(i, 0), to = args.pages_from_to(i, 1);
+    MEMSERVE_CHECK(from >= 0 && from < args.pages.num_pages && to >= 0 && to < args.pages.num_pages && from != to);
+    for (void* of : {args.pages.keys, args.pages.values}) Copy(static_cast<char*>(of) + to * bytes, static_cast<const char*>(of) + from * bytes, bytes);
+    if (!args.pages.quantised()) continue;
+    for (float* of : {args.pages.key_scales(), args.pages.value_scales()}) {
+      Copy(of + to * scales, of + from * scales, scales * static_cast<int64_t>(sizeof(float)));
+    }
+  }
+}
+
 void CpuBackend::Attention(const AttentionArgs& args) {
   CheckPages(args.pages);
   const int64_t num_tokens = args.q.dim(0);
@@ -227,7 +242,7 @@ void CpuBackend::SelectBags(const SelectBagsArgs& args) {
   cpu::SelectBags(args);
 }
 
-void CpuBackend::CountRows(const CountRowsArgs& args) { cpu::CountRows(context_, args); }
+void CpuBackend::CountRows(const CountRowsArgs& args) { cpu::CountRows(args); }
 
 void CpuBackend::EmbeddingBag(const EmbeddingBagArgs& args) { MEMSERVE_CHECK(args.table->Finish(args.table->Start(args)).ok()); }
 
@@ -288,6 +303,7 @@ void CpuBackend::AdjustLogits(const AdjustLogitsArgs& args) {
 void CpuBackend::TopLogprobs(const TopLogprobsArgs& args) {
   MEMSERVE_CHECK_EQ(args.counts.dim(0), args.logits.dim(0));
   MEMSERVE_CHECK(args.tokens.shape == args.logprobs.shape && args.tokens.dim(0) == args.logits.dim(0));
+  MEMSERVE_CHECK(args.chosen.size() == 0 || (args.chosen.dim(0) == args.logits.dim(0) && args.chosen_logprobs.shape == args.chosen.shape));
   functions_.top_logprobs(context_, args);
 }
 

@@ -87,7 +87,7 @@ struct Functions {
 void AdjustLogits(Context& context, const AdjustLogitsArgs& args);
 void MaskRows(Context& context, const MaskRowsArgs& args);
 void SelectBags(const SelectBagsArgs& args);
-void CountRows(Context& context, const CountRowsArgs& args);
+void CountRows(const CountRowsArgs& args);
 
 // Each unit fills in its own; `index` is that of the instruction set in the dispatch tables.
 void AddElementwise(size_t index, Functions& functions);

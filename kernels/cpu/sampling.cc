@@ -353,14 +353,23 @@ void TopLogprobs(Context& context, const TopLogprobsArgs& args) {
     float* logprobs = args.logprobs.data + s * most_tokens;
     std::fill(tokens + count, tokens + most_tokens, -1);
     std::fill(logprobs + count, logprobs + most_tokens, 0.0f);
-    if (count == 0) return;
-    uint64_t* packed = context.of_thread[thread].Get<uint64_t>(n + kLanes);
-    LargestLogits(logits, n, count, packed);
-    const float most = NanIsLowest(logits[IdOf(packed[0])]);
+    const int64_t chosen = args.chosen.dim(1);
+    if (count == 0 && chosen == 0) return;
+    const float most = ArgMax(logits, n).logit;
     const double total = LogTotal(logits, n, most);
-    for (int64_t r = 0; r < count; ++r) {
-      tokens[r] = static_cast<int32_t>(IdOf(packed[r]));
-      logprobs[r] = static_cast<float>(double{NanIsLowest(logits[tokens[r]])} - most - total);
+    const auto logprob = [&](int64_t id) { return static_cast<float>(double{NanIsLowest(logits[id])} - most - total); };
+    if (count > 0) {
+      uint64_t* packed = context.of_thread[thread].Get<uint64_t>(n + kLanes);
+      LargestLogits(logits, n, count, packed);
+      for (int64_t r = 0; r < count; ++r) {
+        tokens[r] = static_cast<int32_t>(IdOf(packed[r]));
+        logprobs[r] = logprob(tokens[r]);
+      }
+    }
+    for (int64_t c = 0; c < chosen; ++c) {
+      const int64_t id = args.chosen(s, c);
+      MEMSERVE_CHECK(-1 <= id && id < n);
+      args.chosen_logprobs(s, c) = id >= 0 ? logprob(id) : 0.0f;
     }
   });
 }

@@ -106,6 +106,31 @@ void KvWrite(const KvWriteArgs& args) {
   }
 }
 
+void KvCopy(const KvCopyArgs& args) {
+  const KvPages& pages = args.pages;
+  for (int64_t i = 0; i < args.pages_from_to.dim(0); ++i) {
+    const int64_t from = args.pages_from_to(i, 0), to = args.pages_from_to(i, 1);
+    MEMSERVE_CHECK(0 <= from && from < pages.num_pages && 0 <= to && to < pages.num_pages && from != to);
+    for (void* of : {pages.keys, pages.values}) {
+      const StoredValues values{of, pages.dtype};
+      if (pages.quantised()) {
+        float* const scales = of == pages.keys ? pages.key_scales() : pages.value_scales();
+        auto* const codes = static_cast<int8_t*>(of);
+        std::copy_n(codes + from * pages.page_value_bytes(), pages.page_value_bytes(), codes + to * pages.page_value_bytes());
+        std::copy_n(scales + from * pages.page_scales(), pages.page_scales(), scales + to * pages.page_scales());
+        continue;
+      }
+      for (int64_t at = 0; at < pages.page_size; ++at) {
+        for (int64_t kv = 0; kv < pages.kv_heads; ++kv) {
+          for (int64_t d = 0; d < pages.head_dim; ++d) {
+            values.Set(Place(pages, to * pages.page_size + at, kv, d), values.Get(Place(pages, from * pages.page_size + at, kv, d)));
+          }
+        }
+      }
+    }
+  }
+}
+
 void Attention(const AttentionArgs& args) {
   const int64_t num_tokens = args.q.dim(0), heads = args.q.dim(1);
   MEMSERVE_CHECK(args.out.shape == args.q.shape);

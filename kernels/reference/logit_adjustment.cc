@@ -86,6 +86,7 @@ void TopLogprobs(const TopLogprobsArgs& args) {
   const int64_t slots = args.logits.dim(0), vocab_size = args.logits.dim(1), most = args.tokens.dim(1);
   MEMSERVE_CHECK_EQ(args.counts.dim(0), slots);
   MEMSERVE_CHECK(args.tokens.shape == args.logprobs.shape && args.tokens.dim(0) == slots);
+  MEMSERVE_CHECK(args.chosen.size() == 0 || (args.chosen.dim(0) == slots && args.chosen_logprobs.shape == args.chosen.shape));
   for (int64_t s = 0; s < slots; ++s) {
     std::vector<double> row;
     for (int64_t id = 0; id < vocab_size; ++id) row.push_back(std::isnan(args.logits(s, id)) ? kLowest : args.logits(s, id));
@@ -99,6 +100,11 @@ void TopLogprobs(const TopLogprobsArgs& args) {
       const bool wanted = r < args.counts(s);
       args.tokens(s, r) = wanted ? order[r] : -1;
       args.logprobs(s, r) = wanted ? row[order[r]] - row[order[0]] - std::log(total) : 0;
+    }
+    for (int64_t c = 0; c < args.chosen.dim(1); ++c) {
+      const int32_t token = args.chosen(s, c);
+      MEMSERVE_CHECK(-1 <= token && token < vocab_size);
+      args.chosen_logprobs(s, c) = token >= 0 ? row[token] - row[order[0]] - std::log(total) : 0;
     }
   }
 }

@@ -94,6 +94,7 @@ void LayerNorm(const LayerNormArgs& args);
 void MatMul(const MatMulArgs& args);
 void Rope(const RopeArgs& args);
 void KvWrite(const KvWriteArgs& args);
+void KvCopy(const KvCopyArgs& args);
 void Attention(const AttentionArgs& args);
 void SiluProduct(const SiluProductArgs& args);
 void SigmoidGate(const SigmoidGateArgs& args);

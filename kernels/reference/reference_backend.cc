@@ -33,6 +33,7 @@ class ReferenceBackend final : public Backend {
   void MatMul(const MatMulArgs& args) override { reference::MatMul(args); }
   void Rope(const RopeArgs& args) override { reference::Rope(args); }
   void KvWrite(const KvWriteArgs& args) override { reference::KvWrite(args); }
+  void KvCopy(const KvCopyArgs& args) override { reference::KvCopy(args); }
   void Attention(const AttentionArgs& args) override { reference::Attention(args); }
   void SiluProduct(const SiluProductArgs& args) override { reference::SiluProduct(args); }
   void SigmoidGate(const SigmoidGateArgs& args) override { reference::SigmoidGate(args); }

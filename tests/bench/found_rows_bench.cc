@@ -1,5 +1,6 @@
 #include "kernels/found_rows.h"
 
+#include "engine/table_queries.h"
 #include "tests/bench/bench.h"
 #include "tests/bench/operations.h"
 
@@ -16,6 +17,49 @@ void BenchCount() {
         absl::StrFormat("%d rows, bag %d", num_rows, bag), batch, 2.0 * batch * bag * sizeof(uint32_t), 0,
         [&](int64_t) { bench.Copy(rows, bench.Indices(batch * bag, num_rows)); },
         [&](int64_t) { bench.backend().CountRows({.rows = rows.view, .counts = counts.view}); });
+  }
+}
+
+// What the engine thread does between two steps while somebody asks for row counts: a slice is copied and gone through. The worst
+// is a table whose later rows are read more and more, the usual one that of random reads.
+void BenchRowStats() {
+  Bench bench("row_stats");
+  constexpr int64_t kRows = engine::RowStatsScan::kSliceRows;
+  for (const bool rising : {false, true}) {
+    std::vector<uint32_t> values(kRows);
+    for (int64_t i = 0; i < kRows; ++i) values[i] = static_cast<uint32_t>(rising ? i : bench.Indices(1, 20)[0]);
+    const auto counts = bench.New<uint32_t, 1>({kRows}, values);
+    std::vector<uint32_t> slice(kRows);
+    bench.Report(
+        absl::StrFormat("a slice of %d rows, top 1000, %s counts", kRows, rising ? "rising" : "random"), 1,
+        1.0 * kRows * sizeof(uint32_t), 0, [](int64_t) {},
+        [&](int64_t) {
+          engine::RowStatsScan scan({.top = 1000}, kRows);
+          bench.backend().CopyToHost(slice.data(), counts.view.data, kRows * static_cast<int64_t>(sizeof(uint32_t)));
+          scan.Add(slice);
+        });
+  }
+}
+
+// A trace: the bags of an eighth of the tokens.
+void BenchSelectBags() {
+  Bench bench("select_bags");
+  const int64_t bag = ShapeOf(FLAGS_bag, 128);
+  for (int64_t batch : bench.batches()) {
+    const int64_t selected = (batch + 7) / 8;
+    const auto rows = bench.New<int32_t, 2>({batch, bag}, bench.Indices(batch * bag, 1 << 20)),
+               out_rows = bench.New<int32_t, 2>({selected, bag});
+    const auto weights = bench.New<float, 2>({batch, bag}), out_weights = bench.New<float, 2>({selected, bag});
+    const auto tokens = bench.New<int32_t, 1>({selected}, bench.Indices(selected, batch));
+    bench.Report(
+        absl::StrFormat("%d tokens, bag %d", selected, bag), batch, 4.0 * selected * bag * sizeof(int32_t), 0, [](int64_t) {},
+        [&](int64_t) {
+          bench.backend().SelectBags({.tokens = tokens.view,
+                                      .rows = rows.view,
+                                      .weights = weights.view,
+                                      .out_rows = out_rows.view,
+                                      .out_weights = out_weights.view});
+        });
   }
 }
 

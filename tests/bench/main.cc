@@ -34,6 +34,8 @@ constexpr Subcommand kSubcommands[] = {
     {"row_dot", "dot products with rows of a value table: --rows --dim --bag --format", BenchRowDot},
     {"count", "reads of a value table's rows, counted: --rows --bag", BenchCount},
     {"mask", "rows that a request masks, left out: --rows --bag", BenchMask},
+    {"select_bags", "what traced tokens read, copied: --bag", BenchSelectBags},
+    {"row_stats", "what a question for row counts takes of the engine thread between two steps", BenchRowStats},
     {"sample", "one token for each row of logits: --vocab --temperature --top_k --top_p", BenchSample},
     {"logits", "the output matrix: --vocab --dim --format", BenchLogits},
     {"table_size", "search and gather over tables of 2^14 to 2^20 rows: --heads --half_dim --knn --dim --format", BenchTableSize},

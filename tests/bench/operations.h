@@ -15,6 +15,8 @@ void BenchGather();
 void BenchRowDot();
 void BenchCount();
 void BenchMask();
+void BenchSelectBags();
+void BenchRowStats();
 void BenchSample();
 void BenchLogits();
 void BenchModel();

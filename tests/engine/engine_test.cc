@@ -121,7 +121,7 @@ INSTANTIATE_TEST_SUITE_P(Cases, GoldenEngineTest, ::testing::ValuesIn(memserve::
 // Requests that differ in all that may be set, for the promise "same request, same answer".
 std::vector<GenerateRequest> VariedRequests(const GoldenCase& golden) {
   std::vector<GenerateRequest> requests;
-  for (int i = 0; i < 24; ++i) {
+  for (int i = 0; i < 60; ++i) {
     const std::vector<int32_t>& tokens = golden.sequences[i % golden.sequences.size()].tokens;
     GenerateRequest request = GreedyRequest(std::vector<int32_t>(tokens.begin(), tokens.begin() + 1 + i * 7 % static_cast<int>(tokens.size())),
                                             3 + i * 5 % 40);
@@ -141,9 +141,30 @@ std::vector<GenerateRequest> VariedRequests(const GoldenCase& golden) {
     if (i % 6 == 4) request.sampling.logit_bias = {{7, 2.5f}, {9, -3.0f}};
     if (i % 6 == 5) request.sampling.typical_p = 0.8f;
     if (i % 7 == 3) request.top_logprobs = 1 + i % 5;
+    if (i % 8 == 2) request.prompt_logprobs = i % 3;
+    if (i % 9 == 4) request.logprob_token_ids = {3, i, 2 * i};
+    if (i % 10 == 6) request.sampling.allowed_token_ids = {20, 21, 22, 23};
+    if (i % 11 == 5) request.sampling.banned_token_ids = {17, 18};
+    if (i % 12 == 7) request.stop.strings = {"st", "zz"};
+    if (i % 2 == 0) request.speculation = SpeculationParams{.max_draft_tokens = 1 + i % 9, .min_ngram = 1 + i % 2};
     requests.push_back(std::move(request));
   }
   return requests;
+}
+
+// All that is told beside the tokens themselves.
+std::vector<float> LogprobsBeside(const Generated& generated) {
+  std::vector<float> all;
+  const auto add_top = [&](const std::vector<std::vector<TokenLogprob>>& lists) {
+    for (const std::vector<TokenLogprob>& top : lists) {
+      for (const TokenLogprob& one : top) all.insert(all.end(), {static_cast<float>(one.token_id), one.logprob});
+    }
+  };
+  add_top(generated.top_logprobs);
+  for (const std::vector<float>& chosen : generated.chosen_logprobs) all.insert(all.end(), chosen.begin(), chosen.end());
+  for (const PromptDelta& delta : generated.prompt) all.insert(all.end(), delta.logprobs.begin(), delta.logprobs.end());
+  for (const PromptDelta& delta : generated.prompt) add_top(delta.top_logprobs);
+  return all;
 }
 
 std::vector<Generated> OneByOne(Engine& engine, const std::vector<GenerateRequest>& requests) {
@@ -179,7 +200,10 @@ TEST_P(InvarianceTest, AnswersDependOnTheRequestAlone) {
   options.kv_dtype = variation.kv_dtype;
   options.threads = 1;
   std::vector<GenerateRequest> uncached = requests;
-  for (GenerateRequest& request : uncached) request.scheduling.prefix_cache = false;
+  for (GenerateRequest& request : uncached) {
+    request.scheduling.prefix_cache = false;
+    request.speculation.reset();
+  }
   const std::vector<Generated> expected = OneByOne(*Start(options), uncached);
   for (const Generated& generated : expected) ASSERT_TRUE(generated.finished.ok()) << generated.finished.status();
 
@@ -199,6 +223,7 @@ TEST_P(InvarianceTest, AnswersDependOnTheRequestAlone) {
       EXPECT_EQ(found[i].token_ids, expected[i].token_ids) << "request " << i << ", cache " << cache;
       EXPECT_EQ(found[i].logprobs, expected[i].logprobs) << "request " << i << ", cache " << cache;
       EXPECT_EQ(found[i].text, expected[i].text) << "request " << i << ", cache " << cache;
+      EXPECT_EQ(LogprobsBeside(found[i]), LogprobsBeside(expected[i])) << "request " << i << ", cache " << cache;
     }
   }
   ExpectNoPagesLeft(*engine);
@@ -206,6 +231,10 @@ TEST_P(InvarianceTest, AnswersDependOnTheRequestAlone) {
     EXPECT_GT(engine->load().preemptions, 0);
   } else {
     EXPECT_GT(engine->load().cached_tokens, 0) << "the second time prompts are found";
+  }
+  // Small steps leave no room for guesses.
+  if (variation.max_batch_tokens == 512 && variation.max_sequences == 64) {
+    EXPECT_GT(engine->load().accepted_draft_tokens, 0);
   }
 }
 
@@ -216,6 +245,9 @@ INSTANTIATE_TEST_SUITE_P(Axes, InvarianceTest,
                                            Variation{.name = "ChunksOfThree", .golden = "A", .max_batch_tokens = 3},
                                            Variation{.name = "ChunksOf17", .golden = "A", .max_batch_tokens = 17, .max_sequences = 5},
                                            Variation{.name = "BatchesOfTwo", .golden = "A", .max_sequences = 2},
+                                           Variation{.name = "BatchesOfSeven", .golden = "A", .max_sequences = 7},
+                                           Variation{.name = "BatchesOf32", .golden = "A", .max_sequences = 32},
+                                           Variation{.name = "ChunksOf16", .golden = "A", .max_batch_tokens = 16},
                                            Variation{.name = "PagesOf32", .golden = "A", .page_size = 32},
                                            Variation{.name = "TwoStepsInFlight", .golden = "A", .step_depth = 2},
                                            Variation{.name = "TwoInFlightSmallChunks", .golden = "A", .max_batch_tokens = 5, .step_depth = 2},
@@ -777,6 +809,26 @@ TEST(EngineTest, APlanThatDoesNotFitSaysWhatWould) {
   const size_t at = message.find("--kv_cache_bytes=") + 17;
   options.kv_cache_bytes = std::stoll(message.substr(at));
   EXPECT_TRUE(Engine::Create(options).ok()) << "the advice holds";
+}
+
+TEST(EngineTest, TheCacheTakesAPartOfWhatIsFreeBesideTheRest) {
+  EngineOptions options = Options("A");
+  options.memory_limit_bytes = 64 << 20;
+  options.kv_cache_fraction = 0.5;
+  const int64_t half = Start(options)->load().kv_pages_total;
+  options.kv_cache_fraction = 1;
+  const int64_t all = Start(options)->load().kv_pages_total;
+  EXPECT_NEAR(static_cast<double>(all), 2.0 * static_cast<double>(half), 1);
+  EXPECT_GT(all, 1000) << "of 24 KiB, with some 8 MiB for all else";
+  const auto error = [&](double fraction, int64_t bytes) {
+    options.kv_cache_fraction = fraction;
+    options.kv_cache_bytes = bytes;
+    return std::string(Engine::Create(options).status().message());
+  };
+  EXPECT_EQ(error(1.5, 0), "kv_cache_fraction: 1.5 is not in [0, 1]");
+  EXPECT_EQ(error(std::numeric_limits<double>::quiet_NaN(), 0), "kv_cache_fraction: nan is not in [0, 1]");
+  EXPECT_EQ(error(0.5, 1 << 20), "kv_cache_fraction: kv_cache_bytes says how much; give one of them");
+  EXPECT_THAT(error(1e-9, 0), HasSubstr("is less than one page, 24.0 KiB"));
 }
 
 TEST(EngineTest, ADryRunPlansAndStops) {

@@ -75,8 +75,10 @@ TEST(MemoryModeTest, EachModeGivesAnAnswerOfItsOwnAndBesideOthersTheSame) {
     const std::unique_ptr<Engine> engine = Start(Options(golden.checkpoint));
     std::vector<MemoryMode> modes = {{}, {.enabled = false}, {.knn = 1}, {.knn = 2}, {.masked_rows = EveryThirdRow(1 << 20)}};
     for (int layer : golden.memory_layers) modes.push_back({.layers = {layer}});
-    if (name == std::string("B")) modes.back().masked_rows = {}, modes[4].masked_rows = EveryThirdRow(400);
-    else modes[4].masked_rows = EveryThirdRow(1024);
+    if (name == std::string("B"))
+      modes.back().masked_rows = {}, modes[4].masked_rows = EveryThirdRow(400);
+    else
+      modes[4].masked_rows = EveryThirdRow(1024);
     std::vector<GenerateRequest> requests;
     std::vector<Generated> alone;
     std::set<std::vector<float>> answers;

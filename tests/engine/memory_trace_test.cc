@@ -21,16 +21,18 @@ bool operator==(const LayerTrace& a, const LayerTrace& b) {
 bool operator==(const TokenTrace& a, const TokenTrace& b) {
   return a.position == b.position && a.token_id == b.token_id && a.layers == b.layers;
 }
-void PrintTo(const TokenTrace& trace, std::ostream* out) { *out << "position " << trace.position << " of token " << trace.token_id; }
+void PrintTo(const TokenTrace& trace, std::ostream* out) {
+  *out << "position " << trace.position << " of token " << trace.token_id;
+}
 
 namespace {
 
 using ::testing::ElementsAre;
-using ::testing::IsEmpty;
 using testing::Generate;
 using testing::GenerateAll;
 using testing::Generated;
 using testing::GoldenCase;
+using ::testing::IsEmpty;
 using testing::LoadGolden;
 using testing::ParityOptions;
 
@@ -191,11 +193,11 @@ TEST(MemoryTraceTest, ATraceIsTheSameHoweverStepsAreCut) {
   }
   for (const auto& [name, batch_tokens, depth, cache_bytes] :
        std::vector<std::tuple<std::string, int, int, int64_t>>{{"together", 512, 1, 0},
-                                                                {"one token a step", 1, 1, 0},
-                                                                {"small chunks", 7, 1, 0},
-                                                                {"two steps in flight", 9, 2, 0},
-                                                                {"preempted", 64, 1, 1 << 18},
-                                                                {"preempted, two in flight", 9, 2, 1 << 18}}) {
+                                                               {"one token a step", 1, 1, 0},
+                                                               {"small chunks", 7, 1, 0},
+                                                               {"two steps in flight", 9, 2, 0},
+                                                               {"preempted", 64, 1, 1 << 18},
+                                                               {"preempted, two in flight", 9, 2, 1 << 18}}) {
     options.max_batch_tokens = batch_tokens;
     options.step_depth = depth;
     options.kv_cache_bytes = cache_bytes;
@@ -207,8 +209,10 @@ TEST(MemoryTraceTest, ATraceIsTheSameHoweverStepsAreCut) {
         EXPECT_EQ(found[i].memory_traces, expected[i].memory_traces) << name << ", request " << i << ", round " << round;
       }
     }
-    if (cache_bytes > 0) EXPECT_GT(engine->load().preemptions, 0);
-    else EXPECT_GT(engine->load().cached_tokens, 0);
+    if (cache_bytes > 0)
+      EXPECT_GT(engine->load().preemptions, 0);
+    else
+      EXPECT_GT(engine->load().cached_tokens, 0);
   }
 }
 

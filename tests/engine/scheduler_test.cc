@@ -26,6 +26,7 @@ std::shared_ptr<Sequence> NewSequence(std::vector<int32_t> prompt, int64_t max_d
 std::shared_ptr<Sequence> NewScoring(std::vector<int32_t> tokens, int64_t score_begin) {
   std::shared_ptr<Sequence> sequence = NewSequence(std::move(tokens), 0);
   sequence->score_begin = score_begin;
+  sequence->score_end = static_cast<int64_t>(sequence->tokens.size());
   return sequence;
 }
 
@@ -34,7 +35,7 @@ class SchedulerTest : public ::testing::Test {
   StepPlan Next() { return scheduler_.Schedule(step_++, absl::Now()); }
   // As the engine does when a step's results are in: the token `drawn` for every slot.
   void Draw(const StepPlan& plan, int32_t drawn) {
-    for (const std::shared_ptr<Sequence>& sequence : plan.sampled) {
+    for (const auto& [sequence, token, guesses] : plan.sampled) {
       if (!sequence->ended) sequence->tokens.push_back(drawn);
     }
   }
@@ -121,6 +122,7 @@ TEST_F(SchedulerTest, AHigherPriorityGoesFirstAndMakesRoom) {
   EXPECT_EQ(low->planned, 0);
   EXPECT_TRUE(low->pages.empty());
   EXPECT_EQ(scheduler_.preemptions(), 1);
+  EXPECT_EQ(scheduler_.preempted(), 1);
   EXPECT_EQ(scheduler_.waiting(), 2) << "the older of equal priority waits before the newer: it does not fit";
 }
 
@@ -240,9 +242,9 @@ TEST_F(SchedulerTest, PositionsMapToTheSlotsOfTheirPages) {
 // Random events against a plain model. Whatever arrives, is preempted, shares a prefix, is cancelled or ends: a sequence's tokens are
 // computed in order, never more than the budget runs, no page is written by two or read before it is written, what is held is what the
 // sequences list, none is lost, and nobody starves.
-TEST(SchedulerModelTest, RandomLivesOfSequencesKeepTheInvariants) {
+void RunModel(int seed, int events) {
   for (const int depth : {1, 2}) {
-    std::mt19937 random(depth);
+    std::mt19937 random(seed + depth);
     constexpr int64_t kPages = 24, kPageSize = 16;
     KvCache cache(kPages, kPageSize);
     Scheduler scheduler({.max_batch_tokens = 24, .max_sequences = 6}, &cache);
@@ -252,7 +254,7 @@ TEST(SchedulerModelTest, RandomLivesOfSequencesKeepTheInvariants) {
     std::deque<StepPlan> in_flight;
     // What each slot of the cache holds: root, and the tokens up to there, as a string.
     std::vector<std::string> held_by_slot(kPages * kPageSize);
-    int64_t step = 0, finished = 0, hits = 0, preempted = 0, scored = 0;
+    int64_t step = 0, finished = 0, hits = 0, preempted = 0, scored = 0, guessed = 0, forks = 0;
     const auto remove = [&](std::shared_ptr<Sequence> sequence) {
       scheduler.Remove(sequence);
       std::erase(alive, sequence);
@@ -260,18 +262,24 @@ TEST(SchedulerModelTest, RandomLivesOfSequencesKeepTheInvariants) {
     const auto collect = [&] {
       const StepPlan plan = std::move(in_flight.front());
       in_flight.pop_front();
-      for (const std::shared_ptr<Sequence>& sequence : plan.sampled) {
-        if (sequence->ended) continue;
-        sequence->tokens.push_back(static_cast<int32_t>(random() % 2));
+      for (const StepPlan::Draw& draw : plan.sampled) {
+        const std::shared_ptr<Sequence>& sequence = draw.sequence;
+        if (!draw.counts()) continue;
+        guessed += draw.guesses > 0;
+        sequence->Append(static_cast<int32_t>(random() % 4 == 0));
         if (random() % 30 == 0 || static_cast<int64_t>(sequence->tokens.size()) - sequence->prompt_tokens == sequence->max_draws) {
           ++finished;
           preempted += sequence->preemptions;
           remove(sequence);
         }
       }
+      for (const StepPlan::Draw& draw : plan.sampled) {
+        if (draw.guesses == 0 && !draw.sequence->guessed.empty()) draw.sequence->TakeBackGuesses();
+      }
       for (const std::shared_ptr<Sequence>& sequence : plan.scored) {
         if (sequence->ended) continue;
         ++scored;
+        if (!sequence->scores()) continue;
         if (++sequence->max_draws == static_cast<int64_t>(sequence->tokens.size()) - sequence->score_begin) {
           ++finished;
           remove(sequence);
@@ -279,7 +287,7 @@ TEST(SchedulerModelTest, RandomLivesOfSequencesKeepTheInvariants) {
       }
     };
     int64_t idle = 0;
-    for (int event = 0; event < 60000; ++event) {
+    for (int event = 0; event < events; ++event) {
       if (random() % 3 == 0 && alive.size() < 12) {
         // Few different tokens and prompts: many prefixes are alike.
         const bool scores = random() % 5 == 0;
@@ -289,8 +297,22 @@ TEST(SchedulerModelTest, RandomLivesOfSequencesKeepTheInvariants) {
         Sequence& added = *alive.back();
         added.priority = random() % 8 == 0 ? 1 : 0;
         added.chain.root = roots[random() % 3];
+        if (random() % 3 == 0) added.drafts = Drafts(SpeculationParams{.max_draft_tokens = 5, .min_ngram = 1});
+        if (!scores && random() % 8 == 0) {  // a prompt whose tokens are scored too
+          added.score_begin = 1;
+          added.score_end = added.prompt_tokens;
+          added.prompt_top_logprobs = 0;
+        }
         if (alive.size() > 1 && random() % 4 == 0 && added.priority == 0) added.leader = alive[random() % (alive.size() - 1)];
         scheduler.Add(alive.back());
+        // Choices of one request.
+        for (int choice = 1; !scores && random() % 2 == 0; ++choice) {
+          alive.push_back(NewSequence({added.tokens.begin(), added.tokens.end()}, added.max_draws));
+          alive.back()->leader = *(alive.end() - 1 - choice);
+          alive.back()->chain.root = added.chain.root;
+          alive.back()->priority = added.priority;
+          scheduler.Add(alive.back());
+        }
       }
       if (random() % 40 == 0 && !alive.empty()) remove(alive[random() % alive.size()]);
       if (static_cast<int>(in_flight.size()) == depth) collect();
@@ -298,6 +320,10 @@ TEST(SchedulerModelTest, RandomLivesOfSequencesKeepTheInvariants) {
       const Batch& batch = plan.batch;
       ASSERT_LE(batch.num_tokens(), 24);
       ASSERT_LE(scheduler.running(), 6);
+      for (size_t i = 0; i < batch.page_copies.size(); i += 2) {
+        ++forks;
+        std::copy_n(held_by_slot.begin() + batch.page_copies[i] * kPageSize, kPageSize, held_by_slot.begin() + batch.page_copies[i + 1] * kPageSize);
+      }
       std::map<int64_t, int> written;
       for (int64_t slot : batch.kv_slots) ASSERT_EQ(++written[slot], 1) << "two tokens of a step write one slot";
       // Tokens drawn by a step in flight are not known; a unique name stands for them.
@@ -341,11 +367,17 @@ TEST(SchedulerModelTest, RandomLivesOfSequencesKeepTheInvariants) {
     EXPECT_GT(hits, 100);
     EXPECT_GT(preempted, 100);
     EXPECT_GT(scored, 1000);
+    EXPECT_GT(guessed, 1000);
+    EXPECT_GT(forks, 100);
     while (!alive.empty()) remove(alive.back());
     EXPECT_EQ(cache.used(), 0);
     EXPECT_EQ(scheduler.waiting_tokens(), 0);
+    EXPECT_EQ(scheduler.preempted(), 0);
   }
 }
+
+TEST(SchedulerModelTest, RandomLivesOfSequencesKeepTheInvariants) { RunModel(0, 60000); }
+TEST(SchedulerModelLongTest, MillionsOfEventsKeepThem) { RunModel(10, 2000000); }
 
 }  // namespace
 }  // namespace memserve::engine

@@ -20,14 +20,14 @@ namespace memserve::engine {
 namespace {
 
 using ::testing::ElementsAre;
-using ::testing::HasSubstr;
-using ::testing::IsEmpty;
-using ::testing::Pair;
 using testing::Generate;
 using testing::GenerateAll;
 using testing::Generated;
 using testing::GoldenCase;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
 using testing::LoadGolden;
+using ::testing::Pair;
 using testing::ParityOptions;
 
 EngineOptions Options(const GoldenCase& golden, int ranks = 1) {
@@ -93,8 +93,10 @@ TEST(TableQueriesTest, RowsAreThoseOfTheCheckpointWithTheColumnsOfAllRanks) {
         std::string values = table.name, experts = table.name;
         if (const size_t u = table.name.find("values_u"); u != std::string::npos) values.replace(u, 8, "values_v");
         EXPECT_TRUE(found->values == RowsOf(TensorOf(golden, values), table.dim, request.rows)) << name << " on " << ranks;
-        if (values == experts) EXPECT_THAT(found->experts, IsEmpty());
-        else EXPECT_TRUE(found->experts == RowsOf(TensorOf(golden, experts), table.dim, request.rows)) << name << " on " << ranks;
+        if (values == experts)
+          EXPECT_THAT(found->experts, IsEmpty());
+        else
+          EXPECT_TRUE(found->experts == RowsOf(TensorOf(golden, experts), table.dim, request.rows)) << name << " on " << ranks;
       }
     }
   }

@@ -118,6 +118,24 @@ class Cache {
   }
   std::vector<float> AttendAll() const { return Attend(AllTokens(problem_)); }
 
+  // Copies the pages of the first sequence to pages that nobody uses, and lets it use these; what it used holds NaN from then on.
+  void CopyFirstSequence() {
+    std::vector<int32_t> copies, free;
+    for (int32_t page = 0; page < pages_.num_pages; ++page) {
+      if (std::find(block_tables_.begin(), block_tables_.end(), page) == block_tables_.end()) free.push_back(page);
+    }
+    std::vector<int64_t> left;
+    for (int64_t p = 0; p < most_pages_ && block_tables_[p] >= 0; ++p) {
+      for (int64_t i = 0; i < shape_.page_size; ++i) left.push_back(block_tables_[p] * shape_.page_size + i);
+      copies.insert(copies.end(), {block_tables_[p], free.at(p)});
+      block_tables_[p] = free[p];
+    }
+    const DeviceTensor<int32_t, 2> from_to(backend_, {static_cast<int64_t>(copies.size()) / 2, 2}, copies);
+    backend_.KvCopy({.pages_from_to = from_to, .pages = pages_});
+    const std::vector<float> nan(left.size() * shape_.kv_heads * shape_.head_dim, std::numeric_limits<float>::quiet_NaN());
+    WriteSlots(left, nan, nan);
+  }
+
  private:
   void Write(int64_t first, int64_t end) const {
     const int64_t width = shape_.kv_heads * shape_.head_dim;
@@ -367,6 +385,18 @@ TEST_P(AttentionTest, GivesAHeadTheSameBitsOnEveryRank) {
     rank.k = heads(whole.k, 3, 1, 2);
     rank.v = heads(whole.v, 3, 1, 2);
     EXPECT_TRUE(SameBits(Cache(backend(), rank).AttendAll(), heads(all, 12, 6, 6), {20, 6, 20}));
+  }
+}
+
+TEST_P(AttentionTest, CopiedPagesHoldWhatTheirOriginalsHeld) {
+  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {
+    Shape shape;
+    shape.dtype = dtype;
+    const Problem problem = RandomProblem(shape, {27, 9});
+    Cache cache(backend(), problem);
+    const std::vector<float> before = cache.AttendAll();
+    cache.CopyFirstSequence();
+    EXPECT_EQ(cache.AttendAll(), before) << NameOf(dtype);
   }
 }
 

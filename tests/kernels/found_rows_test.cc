@@ -37,7 +37,8 @@ class FoundRowsTest : public ContractTest {
 MEMSERVE_FOR_ALL_BACKENDS(FoundRowsTest);
 
 TEST_P(FoundRowsTest, MaskedRowsOfATokensOwnSequenceAreLeftOut) {
-  // Token 0 is of sequence 1, which masks 3 and 7; token 1 of sequence 0, which masks nothing; token 2 of sequence 2, which masks 0.
+  // Token 0 is of sequence 1, which masks 3 and 7; token 1 of sequence 0, which masks nothing; token 2 of sequence 2, which masks
+  // 0.
   const Bags found = Masked({{7, -1, 5, 7, 0, 3, 0, 7, 0}, {0.5f, 0, 0.25f, 1, 2, 3, 4, 5, 6}}, 3, {1, 0, 2}, {0, 2, 3}, {3, 7, 0});
   EXPECT_THAT(found.rows, ElementsAre(-1, -1, 5, 7, 0, 3, -1, 7, -1));
   EXPECT_THAT(found.weights, ElementsAre(0, 0, 0.25f, 1, 2, 3, 0, 5, 0));

@@ -152,10 +152,14 @@ TEST_P(TopLogprobsTest, GivesTheLargestFirstAndTheLowerIdAmongEquals) {
     const std::vector<int32_t> counts = {static_cast<int32_t>(most), 0, 1};
     const DeviceTensor<int32_t, 2> tokens(backend(), {slots, most});
     const DeviceTensor<float, 2> logprobs(backend(), {slots, most});
+    const std::vector<int32_t> chosen = {0, -1, static_cast<int32_t>(vocab_size) - 1, 0, -1, -1};
+    const DeviceTensor<float, 2> chosen_logprobs(backend(), {slots, 2});
     backend().TopLogprobs({.logits = DeviceTensor<float, 2>(backend(), {slots, vocab_size}, logits),
                            .counts = DeviceTensor<int32_t, 1>(backend(), {slots}, counts),
                            .tokens = tokens,
-                           .logprobs = logprobs});
+                           .logprobs = logprobs,
+                           .chosen = DeviceTensor<int32_t, 2>(backend(), {slots, 2}, chosen),
+                           .chosen_logprobs = chosen_logprobs});
     logits[0] = kLowest;
     const std::vector<int32_t> found = tokens.Read();
     const std::vector<float> of = logprobs.Read();
@@ -167,11 +171,21 @@ TEST_P(TopLogprobsTest, GivesTheLargestFirstAndTheLowerIdAmongEquals) {
         total += std::exp(logits[s * vocab_size + id]);
       }
       std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return logits[s * vocab_size + a] > logits[s * vocab_size + b]; });
+      for (int64_t c = 2 * s; c < 2 * s + 2; ++c) {
+        const double logprob = chosen[c] < 0 ? 0 : logits[s * vocab_size + chosen[c]] - std::log(total);
+        if (std::isfinite(logprob)) {
+          ASSERT_NEAR(chosen_logprobs.Read()[c], logprob, 1e-5);
+        } else if (!std::isnan(logprob)) {
+          ASSERT_EQ(chosen_logprobs.Read()[c], logprob);
+        }
+      }
       for (int64_t r = 0; r < most; ++r) {
         const bool wanted = r < counts[s];
         ASSERT_EQ(found[s * most + r], wanted ? order[r] : -1) << "slot " << s << ", rank " << r << " of " << vocab_size;
         const double logprob = wanted ? logits[s * vocab_size + order[r]] - std::log(total) : 0;
-        if (std::isfinite(logprob)) ASSERT_NEAR(of[s * most + r], logprob, 1e-5);
+        if (std::isfinite(logprob)) {
+          ASSERT_NEAR(of[s * most + r], logprob, 1e-5);
+        }
       }
     }
   }

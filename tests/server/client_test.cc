@@ -172,7 +172,7 @@ TEST_F(ClientTest, JsonIsOneObjectALine) {
   EXPECT_EQ(status_, 0);
   const std::string& out = program->out();
   const size_t end = out.find('\n');
-  EXPECT_EQ(out.substr(0, end), R"({"delta":{"text":"é","token_ids":[5],"logprobs":[-0.1],"token_bytes":["/wE="],"top_logprobs":[],"memory_traces":[]}})");
+  EXPECT_EQ(out.substr(0, end), R"({"delta":{"text":"é","token_ids":[5],"logprobs":[-0.1],"token_bytes":["/wE="],"top_logprobs":[],"choice":0,"chosen_logprobs":[],"memory_traces":[]}})");
   const nlohmann::json finished = nlohmann::json::parse(out.substr(end)).at("finished");
   EXPECT_EQ(finished.at("reason"), "FINISH_REASON_LENGTH");
   EXPECT_EQ(finished.at("seed").get<uint64_t>(), ~uint64_t{0});

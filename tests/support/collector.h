@@ -19,6 +19,8 @@ struct Generated {
   std::vector<float> logprobs;
   std::vector<std::vector<engine::TokenLogprob>> top_logprobs = {};
   std::vector<engine::TokenTrace> memory_traces = {};
+  std::vector<std::vector<float>> chosen_logprobs = {};
+  std::vector<engine::PromptDelta> prompt = {};
   int deltas = 0;
 
   bool operator==(const Generated& other) const {
@@ -28,29 +30,41 @@ struct Generated {
 
 class Collector final : public engine::GenerateListener {
  public:
+  void OnPrompt(engine::PromptDelta delta) override { At(0).prompt.push_back(std::move(delta)); }
   void OnDelta(engine::Delta delta) override {
-    ++generated_.deltas;
-    generated_.text += delta.text;
-    generated_.token_ids.insert(generated_.token_ids.end(), delta.token_ids.begin(), delta.token_ids.end());
-    generated_.logprobs.insert(generated_.logprobs.end(), delta.logprobs.begin(), delta.logprobs.end());
-    generated_.top_logprobs.insert(generated_.top_logprobs.end(), delta.top_logprobs.begin(), delta.top_logprobs.end());
-    generated_.memory_traces.insert(generated_.memory_traces.end(), delta.memory_traces.begin(), delta.memory_traces.end());
-    if (generated_.deltas == 1) first_.set_value();
+    Generated& generated = At(delta.choice);
+    ++generated.deltas;
+    generated.text += delta.text;
+    generated.token_ids.insert(generated.token_ids.end(), delta.token_ids.begin(), delta.token_ids.end());
+    generated.logprobs.insert(generated.logprobs.end(), delta.logprobs.begin(), delta.logprobs.end());
+    generated.top_logprobs.insert(generated.top_logprobs.end(), delta.top_logprobs.begin(), delta.top_logprobs.end());
+    generated.chosen_logprobs.insert(generated.chosen_logprobs.end(), delta.chosen_logprobs.begin(), delta.chosen_logprobs.end());
+    generated.memory_traces.insert(generated.memory_traces.end(), delta.memory_traces.begin(), delta.memory_traces.end());
+    if (++deltas_ == 1) first_.set_value();
   }
   void OnFinished(absl::StatusOr<engine::Finished> finished) override {
-    if (finished.ok()) generated_.text += finished->text;
-    generated_.finished = std::move(finished);
-    promise_.set_value(std::move(generated_));
+    const bool last = !finished.ok() || finished->last;
+    Generated& generated = At(finished.ok() ? finished->choice : 0);
+    if (finished.ok()) generated.text += finished->text;
+    generated.finished = std::move(finished);
+    if (last) promise_.set_value(std::move(choices_));
   }
   // Blocks until the end.
-  Generated Wait() { return future_.get(); }
+  Generated Wait() { return std::move(WaitForAll().front()); }
+  std::vector<Generated> WaitForAll() { return future_.get(); }
   void WaitForFirstDelta() { first_.get_future().wait(); }
 
  private:
-  Generated generated_;
-  std::promise<Generated> promise_;
+  Generated& At(size_t choice) {
+    if (choices_.size() <= choice) choices_.resize(choice + 1);
+    return choices_[choice];
+  }
+
+  std::vector<Generated> choices_;
+  int deltas_ = 0;
+  std::promise<std::vector<Generated>> promise_;
   std::promise<void> first_;
-  std::future<Generated> future_ = promise_.get_future();
+  std::future<std::vector<Generated>> future_ = promise_.get_future();
 };
 
 // Submits all at once and waits for all.
@@ -67,6 +81,12 @@ inline std::vector<Generated> GenerateAll(engine::Engine& engine, const std::vec
 
 inline Generated Generate(engine::Engine& engine, const engine::GenerateRequest& request) {
   return GenerateAll(engine, {request}).front();
+}
+
+inline std::vector<Generated> GenerateChoices(engine::Engine& engine, const engine::GenerateRequest& request) {
+  const auto collector = std::make_shared<Collector>();
+  engine.Generate(request, collector);
+  return collector->WaitForAll();
 }
 
 inline absl::StatusOr<engine::ScoreResult> Score(engine::Engine& engine, const engine::ScoreRequest& request) {
