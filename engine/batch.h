@@ -80,6 +80,8 @@ struct StepResult {
   std::vector<int32_t> score_greedy;   // [slots that are scored]: 1 where the target is the first choice
   std::vector<int32_t> trace_rows;     // [memory layers, num_traced, mem_heads, mem_knn], -1 for none: fewer are kept, masked, off
   std::vector<float> trace_weights;    // beside trace_rows
+  double forward_seconds = 0;          // to enqueue the model, which on cpu is to compute it
+  double sample_seconds = 0;           // likewise, from logits to tokens and scores
 };
 
 }  // namespace memserve::engine

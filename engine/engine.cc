@@ -1,6 +1,7 @@
 #include "engine/engine.h"
 
 #include <algorithm>
+#include <atomic>
 #include <deque>
 #include <thread>
 #include <utility>
@@ -125,6 +126,7 @@ class EngineImpl final : public Engine {
     load.draining = draining_;
     load.requests = static_cast<int>(registry_.size());
     load.ended_requests = ended_requests_;
+    load.recent = step_profile_.Summary();
     return load;
   }
   absl::Status status() const override {
@@ -166,6 +168,7 @@ class EngineImpl final : public Engine {
   void Deliver(const std::shared_ptr<Sequence>& sequence, EngineEnd end);
   void Fail(const absl::Status& status);
   void UpdateLoad();
+  void AddToProfile();
   absl::Status EndStatus(const RequestControl& control) const;
 
   const EngineOptions options_;
@@ -195,6 +198,7 @@ class EngineImpl final : public Engine {
   int64_t accepted_draft_tokens_ = 0;
   absl::Duration last_step_;
   absl::Time step_begin_;
+  StepPhases phases_;  // of this step
   // What this step gives the output thread: one task for all.
   std::vector<std::function<void()>> outputs_;
   std::vector<absl::Time> counted_since_;  // of each value table
@@ -210,6 +214,7 @@ class EngineImpl final : public Engine {
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);
   Load load_ ABSL_GUARDED_BY(mutex_);
+  StepProfile step_profile_ ABSL_GUARDED_BY(mutex_);
   int64_t inbox_tokens_ ABSL_GUARDED_BY(mutex_) = 0;
   absl::Duration prompt_token_ ABSL_GUARDED_BY(mutex_);   // what one takes
   absl::Duration between_ends_ ABSL_GUARDED_BY(mutex_);   // of requests, about
@@ -217,6 +222,7 @@ class EngineImpl final : public Engine {
 
   const absl::Duration grammar_mask_timeout_ = absl::Milliseconds(options_.grammar_mask_timeout_ms);
   std::unique_ptr<GrammarCompiler> grammars_;  // null: no tokenizer, or not built
+  std::atomic<float> output_seconds_ = 0;  // of the output thread, since the last step was added to the profile
   std::unique_ptr<WorkQueue> output_;
   std::unique_ptr<WorkQueue> tokenizing_;
   std::thread thread_;
@@ -497,14 +503,29 @@ void EngineImpl::Run() {
       }
       in_flight_.push_back(std::move(plan));
     }
+    phases_ = {};
     if (!in_flight_.empty()) Collect();
     UpdateLoad();  // before anybody hears of an end: what he then asks is up to date
     if (!outputs_.empty()) {
-      output_->Add([outputs = std::exchange(outputs_, {})] {
+      output_->Add([this, outputs = std::exchange(outputs_, {})] {
+        const absl::Time begin = absl::Now();
         for (const std::function<void()>& output : outputs) output();
+        output_seconds_ = output_seconds_ + static_cast<float>(absl::ToDoubleSeconds(absl::Now() - begin));
       });
     }
+    AddToProfile();
   }
+}
+
+// What the step took, now that all of it is handed over.
+void EngineImpl::AddToProfile() {
+  if (phases_.forward == 0) return;
+  const absl::Time now = absl::Now();
+  phases_.hand_over = static_cast<float>(absl::ToDoubleSeconds(now - collected_));
+  phases_.schedule = std::max(0.0f, static_cast<float>(absl::ToDoubleSeconds(now - step_begin_)) - phases_.step());
+  phases_.output = output_seconds_.exchange(0);
+  kernels::MutexLock lock(mutex_);
+  step_profile_.Add(phases_);
 }
 
 bool EngineImpl::TakeInbox() {
@@ -580,9 +601,12 @@ std::vector<TokenLogprob> TopLogprobsOf(const StepResult& result, size_t slot, i
 void EngineImpl::Collect() {
   const StepPlan plan = std::move(in_flight_.front());
   in_flight_.pop_front();
+  const absl::Time launched = absl::Now();
   absl::StatusOr<StepResult> result = executor_->Collect();
   if (!result.ok()) return Fail(result.status());
   const absl::Time now = absl::Now();
+  phases_.forward = static_cast<float>(result->forward_seconds + absl::ToDoubleSeconds(now - launched));
+  phases_.sample = static_cast<float>(result->sample_seconds);
   last_step_ = now - std::max(step_begin_, collected_);
   collected_ = now;
   step_times_.Add(plan.work, last_step_);

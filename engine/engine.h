@@ -16,6 +16,7 @@
 #include "absl/time/time.h"
 #include "engine/options.h"
 #include "engine/request.h"
+#include "engine/step_profile.h"
 #include "engine/table_queries.h"
 
 namespace memserve::engine {
@@ -78,6 +79,7 @@ struct Load {
   int64_t draft_tokens = 0;     // guessed
   int64_t accepted_draft_tokens = 0;
   absl::Duration last_step;
+  StepSummary recent;           // what recent steps took, and what for
   bool draining = false;
 };
 

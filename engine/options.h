@@ -18,7 +18,7 @@ struct EngineOptions {
   std::string weight_dtype = "auto";      // f32, bf16; auto: as the checkpoint holds the trunk
   std::string activation_dtype = "auto";  // f32, bf16; auto: as the weights
   std::string table_dtype = "auto";       // f32, bf16, int8, int4; auto: as the checkpoint holds the value tables
-  std::string kv_dtype = "auto";          // f32, bf16; auto: f32 with f32 activations, else bf16
+  std::string kv_dtype = "auto";          // f32, bf16, int8; auto: f32 with f32 activations, else bf16
 
   int64_t kv_cache_bytes = 0;        // 0: enough for 16 sequences of full context, at most a quarter of the memory that is free
   double kv_cache_fraction = 0;      // instead: of the memory that is free beside weights, tables and scratch; (0, 1]

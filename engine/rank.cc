@@ -1,12 +1,19 @@
 #include "engine/rank.h"
 
 #include <algorithm>
+#include <chrono>
 #include <optional>
 
 #include "absl/strings/str_cat.h"
 #include "engine/model/load_macros.h"
 
 namespace memserve::engine {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+double SecondsSince(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
+
+}  // namespace
 
 using kernels::TensorView;
 
@@ -72,7 +79,7 @@ absl::StatusOr<std::unique_ptr<Rank>> Rank::Build(const ModelConfig& config, con
     pages.keys = workspace.Take<char>(pages.bytes_each(), 1);
     pages.values = workspace.Take<char>(pages.bytes_each(), 1);
     rank->pages_.push_back(pages);
-    plan.kv_bytes_per_page += 2 * pages.page_size * pages.kv_heads * pages.head_dim * kernels::SizeOf(pages.dtype);
+    plan.kv_bytes_per_page += 2 * pages.page_bytes_each();
   }
   plan.kv_bytes = plan.kv_bytes_per_page * options.kv_pages;
   plan.weight_bytes = loader.weight_bytes();
@@ -182,13 +189,16 @@ ForwardContext Rank::CopyToDevice(const Batch& batch, const StepArrays& arrays) 
 }
 
 // Logits in slices that fit their buffer; a slice holds slots of one kind: adjusted, sampled as they are, or scored.
-void Rank::SampleAndScore(const ForwardContext& context, const Batch& batch, const StepArrays& arrays) {
+double Rank::SampleAndScore(const ForwardContext& context, const Batch& batch, const StepArrays& arrays) {
   const int64_t vocab = config_->vocab_size, adjusted = batch.num_adjusted();
+  double logits_seconds = 0;
   for (int64_t begin = 0; begin < batch.num_slots();) {
     const int64_t kind_end = begin < adjusted ? adjusted : begin < batch.num_sampled() ? batch.num_sampled() : batch.num_slots();
     const int64_t count = std::min(model_->max_logit_rows(), kind_end - begin);
     const TensorView<float, 2> logits(logits_, {count, vocab});
+    const Clock::time_point logits_begin = Clock::now();
     model_->Logits(context, {arrays.logit_tokens + begin, {count}}, logits);
+    logits_seconds += SecondsSince(logits_begin);
     if (begin < batch.num_sampled()) {
       if (begin < adjusted) {
         SampleAdjusted(batch, arrays, begin, logits);
@@ -209,6 +219,7 @@ void Rank::SampleAndScore(const ForwardContext& context, const Batch& batch, con
     }
     begin += count;
   }
+  return logits_seconds;
 }
 
 // What is told beside the slots from `begin` on.
@@ -258,18 +269,23 @@ absl::Status Rank::Execute(const Batch& batch) {
   const TokenInput input = {.token_ids = {arrays.token_ids, {batch.num_tokens()}},
                             .from_slot = {arrays.from_slot, {batch.num_tokens()}},
                             .sampled = {arrays_[1 - set].sampled, {options_.max_tokens}}};
+  const Clock::time_point begin = Clock::now();
   if (!batch.page_copies.empty()) {
     const TensorView<const int32_t, 2> copies(arrays.page_copies, {static_cast<int64_t>(batch.page_copies.size()) / 2, 2});
     for (const kernels::KvPages& pages : pages_) backend_->KvCopy({.pages_from_to = copies, .pages = pages});
   }
   if (absl::Status s = model_->Forward(context, input, pages_); !s.ok()) return s;
-  SampleAndScore(context, batch, arrays);
+  const double model_seconds = SecondsSince(begin);
+  const Clock::time_point slots_begin = Clock::now();
+  const double logits_seconds = SampleAndScore(context, batch, arrays);
   in_flight_.push_back({.num_sampled = batch.num_sampled(),
                         .num_scored = batch.num_slots() - batch.num_sampled(),
                         .most_top_logprobs = batch.most_top_logprobs(),
                         .most_chosen = batch.most_chosen,
                         .num_traced = batch.num_traced(),
                         .set = set,
+                        .forward_seconds = model_seconds + logits_seconds,
+                        .sample_seconds = SecondsSince(slots_begin) - logits_seconds,
                         .event = backend_->Record()});
   return absl::OkStatus();
 }
@@ -314,6 +330,8 @@ StepResult Rank::Collect() {
   backend_->Wait(step.event);
   const StepArrays& arrays = arrays_[step.set];
   StepResult result;
+  result.forward_seconds = step.forward_seconds;
+  result.sample_seconds = step.sample_seconds;
   const auto copy = [this](auto& host, const auto* device, int64_t count) {
     host.resize(count);
     if (count > 0) backend_->CopyToHost(host.data(), device, count * static_cast<int64_t>(sizeof(host[0])));

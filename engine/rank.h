@@ -100,6 +100,7 @@ class Rank {
     int64_t most_chosen;
     int64_t num_traced;
     int set;
+    double forward_seconds, sample_seconds;
     kernels::Backend::Event event;
   };
 
@@ -110,7 +111,8 @@ class Rank {
                                                      kernels::Backend* backend, RankPlan& plan);
   std::vector<bool> SpreadKnn(const Batch& batch);
   ForwardContext CopyToDevice(const Batch& batch, const StepArrays& arrays);
-  void SampleAndScore(const ForwardContext& context, const Batch& batch, const StepArrays& arrays);
+  // Returns the seconds that the logits took.
+  double SampleAndScore(const ForwardContext& context, const Batch& batch, const StepArrays& arrays);
   void TellLogprobs(const Batch& batch, const StepArrays& arrays, int64_t begin, int64_t chosen, kernels::TensorView<const float, 2> logits);
   void SampleAdjusted(const Batch& batch, const StepArrays& arrays, int64_t begin, kernels::TensorView<const float, 2> logits);
 

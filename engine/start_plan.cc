@@ -32,6 +32,13 @@ absl::StatusOr<DType> ParseTableType(const std::string& text, DType fallback) {
   return absl::InvalidArgumentError(absl::StrCat(type.status().message(), ", int8, int4"));
 }
 
+absl::StatusOr<DType> ParseKvType(const std::string& text, DType fallback) {
+  if (text == "int8") return DType::kI8;
+  absl::StatusOr<DType> type = ParseType("kv_dtype", text, fallback);
+  if (type.ok()) return type;
+  return absl::InvalidArgumentError(absl::StrCat(type.status().message(), ", int8"));
+}
+
 // As the checkpoint holds the trunk; f16 becomes f32, which holds it exactly.
 DType StoredWeightType(const ModelConfig& config, const Checkpoint& checkpoint) {
   const TensorInfo* tensor = checkpoint.Find(config.names.Stored("layers.0.attention.wq.weight"));
@@ -57,7 +64,7 @@ absl::StatusOr<RankOptions> ResolveTypes(const EngineOptions& options, const Mod
   LOAD_OR_RETURN(rank.types.weight, ParseType("weight_dtype", options.weight_dtype, stored));
   LOAD_OR_RETURN(rank.types.activation, ParseType("activation_dtype", options.activation_dtype, rank.types.weight));
   LOAD_OR_RETURN(rank.types.table, ParseTableType(options.table_dtype, StoredTableType(config, checkpoint, rank.types.weight)));
-  LOAD_OR_RETURN(rank.kv_dtype, ParseType("kv_dtype", options.kv_dtype, rank.types.activation));
+  LOAD_OR_RETURN(rank.kv_dtype, ParseKvType(options.kv_dtype, rank.types.activation));
   if (rank.types.activation == DType::kBF16 && rank.types.weight == DType::kF32) {
     return absl::InvalidArgumentError("activation_dtype: bf16 needs weight_dtype bf16");
   }

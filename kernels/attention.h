@@ -8,7 +8,15 @@
 // Keys are taken in blocks of kAttentionBlock at absolute positions, ascending, with one update rule for decode, prefill and
 // recompute; K and V are always read as stored (rounded), also those of the chunk being computed. A token's result depends on its
 // own query and the stored keys and values alone: not on the batch, the chunking or the threads.
-// Source: FlashAttention's online softmax (arXiv 2205.14135), PagedAttention (arXiv 2309.06180).
+//
+// int8 pages: a token's head_dim keys (or values) of one KV head are kept as codes with a scale of their own,
+//
+//   scale = max |x| / 127        code = x / scale, to the nearest whole number, halves to even, in [−127, 127]        x ≈ code ·
+//   scale
+//
+// in float32. A scale below the smallest normal number is 0, and so are its codes; a vector with an element that is not finite has
+// the scale NaN: what reads it is NaN. Source: FlashAttention's online softmax (arXiv 2205.14135), PagedAttention (arXiv
+// 2309.06180).
 #pragma once
 
 #include <cstdint>
@@ -23,19 +31,37 @@ inline constexpr int64_t kAttentionBlock = 16;  // keys; page sizes are multiple
 struct KvPages {
   void* keys = nullptr;
   void* values = nullptr;
-  DType dtype = DType::kF32;  // f32 or bf16
+  DType dtype = DType::kF32;  // f32, bf16 or int8
   int64_t num_pages = 0;
   int64_t page_size = 0;
   int64_t kv_heads = 0;
   int64_t head_dim = 0;
-  // Bytes of keys (and as many of values).
-  int64_t bytes_each() const { return num_pages * page_size * kv_heads * head_dim * SizeOf(dtype); }
+
+  // Bytes of keys (and as many of values): page_bytes_each() for each page.
+  int64_t bytes_each() const { return num_pages * page_bytes_each(); }
+  int64_t page_bytes_each() const {
+    return page_value_bytes() + (quantised() ? page_scales() * static_cast<int64_t>(sizeof(float)) : 0);
+  }
+  int64_t page_value_bytes() const { return page_size * kv_heads * head_dim * SizeOf(dtype); }
+  int64_t page_scales() const { return page_size * kv_heads; }
+
+  // int8 has a scale for each token and KV head, float [num_pages, kv_heads, page_size], behind the codes of all pages.
+  bool quantised() const { return dtype == DType::kI8; }
+  float* key_scales() const { return ScalesOf(keys); }
+  float* value_scales() const { return ScalesOf(values); }
+  int64_t ScalePlace(int64_t slot, int64_t kv_head) const {
+    return (slot / page_size * kv_heads + kv_head) * page_size + slot % page_size;
+  }
+
+  float* ScalesOf(void* codes) const {
+    return reinterpret_cast<float*>(static_cast<char*>(codes) + num_pages * page_size * kv_heads * head_dim);
+  }
 };
 
 struct KvWriteArgs {
-  TensorView<const float, 3> k;            // [num_tokens, kv_heads, head_dim], after rotary
-  TensorView<const float, 3> v;            // [num_tokens, kv_heads, head_dim]
-  TensorView<const int64_t, 1> slots;      // [num_tokens], distinct: page · page_size + place in it
+  TensorView<const float, 3> k;        // [num_tokens, kv_heads, head_dim], after rotary
+  TensorView<const float, 3> v;        // [num_tokens, kv_heads, head_dim]
+  TensorView<const int64_t, 1> slots;  // [num_tokens], distinct: page · page_size + place in it
   KvPages pages;
 };
 
@@ -46,17 +72,17 @@ struct KvCopyArgs {
 };
 
 struct AttentionArgs {
-  TensorView<const float, 3> q;                 // [num_tokens, heads, head_dim], after rotary
-  TensorView<const int32_t, 1> sequence;        // [num_tokens], row of block_tables
-  TensorView<const int32_t, 1> positions;       // [num_tokens]
-  TensorView<const int32_t, 2> block_tables;    // [num_sequences, most pages], -1 beyond the sequence's end
+  TensorView<const float, 3> q;               // [num_tokens, heads, head_dim], after rotary
+  TensorView<const int32_t, 1> sequence;      // [num_tokens], row of block_tables
+  TensorView<const int32_t, 1> positions;     // [num_tokens]
+  TensorView<const int32_t, 2> block_tables;  // [num_sequences, most pages], -1 beyond the sequence's end
   KvPages pages;
   int64_t queries_per_kv = 1;
-  int64_t first_query_head = 0;                 // of this rank, in the whole model
+  int64_t first_query_head = 0;  // of this rank, in the whole model
   int64_t first_kv_head = 0;
   float scale = 1.0f;
-  int64_t window = 0;                           // 0: no sliding window
-  TensorView<float, 3> out;                     // out: [num_tokens, heads, head_dim]
+  int64_t window = 0;        // 0: no sliding window
+  TensorView<float, 3> out;  // out: [num_tokens, heads, head_dim]
 };
 
 }  // namespace memserve::kernels

@@ -35,7 +35,7 @@ ABSL_FLAG(std::string, weight_dtype, kEngine.weight_dtype, "f32, bf16; auto: as 
 ABSL_FLAG(std::string, activation_dtype, kEngine.activation_dtype, "f32, bf16; auto: as the weights");
 ABSL_FLAG(std::string, table_dtype, kEngine.table_dtype, "of value tables: f32, bf16, int8, int4; auto: as the checkpoint holds them");
 ABSL_FLAG(std::string, kv_dtype, kEngine.kv_dtype,
-          "of cached keys and values: f32, bf16; auto: f32 with f32 activations, else bf16");
+          "of cached keys and values: f32, bf16, int8; auto: f32 with f32 activations, else bf16");
 ABSL_FLAG(int64_t, kv_cache_bytes, kEngine.kv_cache_bytes,
           "bytes for cached keys and values; 0: enough for 16 sequences of full context, at most a quarter of the free memory");
 ABSL_FLAG(double, kv_cache_fraction, kEngine.kv_cache_fraction,

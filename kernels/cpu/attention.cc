@@ -1,7 +1,10 @@
 // Keys lie with the tokens of a page side by side, so that sixteen scores are one chain over head_dim: [page][kv head][head_dim]
-// [page_size]. Values lie token after token: [page][kv head][page_size][head_dim].
+// [page_size]. Values lie token after token: [page][kv head][page_size][head_dim]. int8 codes become floats in registers; a key's
+// scale meets its score, a value's scale its weight.
 #include <algorithm>
+#include <cmath>
 #include <limits>
+#include <type_traits>
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/attention.cc"
@@ -52,6 +55,10 @@ struct Cache {
   const T* Keys(int64_t position) const { return static_cast<const T*>(pages.keys) + Start(position) + position % pages.page_size; }
   const T* Values(int64_t position) const {
     return static_cast<const T*>(pages.values) + Start(position) + position % pages.page_size * pages.head_dim;
+  }
+  // Of the sixteen tokens from `position` on.
+  int64_t Scales(int64_t position) const {
+    return (table[position / pages.page_size] * pages.kv_heads + kv_head) * pages.page_size + position % pages.page_size;
   }
 };
 
@@ -167,7 +174,12 @@ void AttendTile(Query* queries, const Cache<T>& cache, int64_t position, int blo
   for (int b = 0; b < blocks; ++b, position += kBlock) {
     for (int q = 0; q < kQueries; ++q) {
       const bool sees = queries[q].first < position + kBlock && position < queries[q].end;
-      if (sees) Weigh(queries[q], position, scale, head_dim, scores + (q * kTileBlocks + b) * kBlock);
+      if (!sees) continue;
+      float* block = scores + (q * kTileBlocks + b) * kBlock;
+      if constexpr (std::is_same_v<T, int8_t>) Store(Load(block) * Load(cache.pages.key_scales() + cache.Scales(position)), block);
+      Weigh(queries[q], position, scale, head_dim, block);
+      if constexpr (std::is_same_v<T, int8_t>)
+        Store(Load(block) * Load(cache.pages.value_scales() + cache.Scales(position)), block);
     }
     AddBlock<kQueries>(queries, scores + b * kBlock, cache.Values(position), position, head_dim);
   }
@@ -241,7 +253,9 @@ void Attention(Context& context, const AttentionArgs& args) {
     keys += args.window > 0 ? std::min<int64_t>(args.window, args.positions(t) + 1) : args.positions(t) + 1;
   }
   const int64_t kv_heads = args.pages.kv_heads;
-  const auto attend = args.pages.dtype == DType::kBF16 ? AttendRun<BFloat16> : AttendRun<float>;
+  const auto attend = args.pages.dtype == DType::kBF16 ? AttendRun<BFloat16>
+                      : args.pages.quantised()         ? AttendRun<int8_t>
+                                                       : AttendRun<float>;
   context.pool.ParallelFor(run_count * kv_heads, keys * heads * head_dim * 0.1, [&](int64_t task, int thread) {
     attend(context.of_thread[thread], args, runs[task / kv_heads], task % kv_heads);
   });
@@ -249,6 +263,38 @@ void Attention(Context& context, const AttentionArgs& args) {
 
 inline void Put(float from, float* to) { *to = from; }
 inline void Put(float from, BFloat16* to) { *to = ToBFloat16(from); }
+
+// Codes `step` apart; returns the scale.
+inline float Quantise(const float* x, int64_t count, int8_t* codes, int64_t step) {
+  float largest = 0;
+  bool finite = true;
+  for (int64_t d = 0; d < count; ++d) {
+    finite &= std::abs(x[d]) <= std::numeric_limits<float>::max();
+    largest = std::max(largest, std::abs(x[d]));
+  }
+  const float scale = largest / 127;
+  if (!finite || scale < std::numeric_limits<float>::min()) {
+    for (int64_t d = 0; d < count; ++d) codes[d * step] = 0;
+    return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+  }
+  constexpr float kRound = 12582912.0f;  // 1.5 · 2²³: adding it leaves whole numbers, halves to even
+  for (int64_t d = 0; d < count; ++d) {
+    codes[d * step] = static_cast<int8_t>(std::clamp(x[d] / scale + kRound - kRound, -127.0f, 127.0f));
+  }
+  return scale;
+}
+
+inline void WriteQuantisedToken(const KvWriteArgs& args, int64_t t) {
+  const KvPages& pages = args.pages;
+  const int64_t slot = args.slots(t), page = slot / pages.page_size, place = slot % pages.page_size;
+  for (int64_t h = 0; h < pages.kv_heads; ++h) {
+    const int64_t start = (page * pages.kv_heads + h) * pages.page_size * pages.head_dim;
+    int8_t* keys = static_cast<int8_t*>(pages.keys) + start + place;
+    int8_t* values = static_cast<int8_t*>(pages.values) + start + place * pages.head_dim;
+    pages.key_scales()[pages.ScalePlace(slot, h)] = Quantise(&args.k(t, h, 0), pages.head_dim, keys, pages.page_size);
+    pages.value_scales()[pages.ScalePlace(slot, h)] = Quantise(&args.v(t, h, 0), pages.head_dim, values, 1);
+  }
+}
 
 template <typename T>
 void WriteToken(const KvWriteArgs& args, int64_t t) {
@@ -267,7 +313,9 @@ void WriteToken(const KvWriteArgs& args, int64_t t) {
 
 void KvWrite(Context& context, const KvWriteArgs& args) {
   const int64_t num_tokens = args.k.dim(0);
-  const auto write = args.pages.dtype == DType::kBF16 ? WriteToken<BFloat16> : WriteToken<float>;
+  const auto write = args.pages.dtype == DType::kBF16 ? WriteToken<BFloat16>
+                     : args.pages.quantised()         ? WriteQuantisedToken
+                                                      : WriteToken<float>;
   context.pool.ParallelFor(num_tokens, args.k.size() * 2.0, [&](int64_t t, int) { write(args, t); });
 }
 

@@ -151,7 +151,7 @@ void CpuBackend::Rope(const RopeArgs& args) {
 }
 
 void CheckPages(const KvPages& pages) {
-  MEMSERVE_CHECK(pages.dtype == DType::kF32 || pages.dtype == DType::kBF16);
+  MEMSERVE_CHECK(pages.dtype == DType::kF32 || pages.dtype == DType::kBF16 || pages.quantised());
   MEMSERVE_CHECK_EQ(pages.page_size % kAttentionBlock, 0);
 }
 
@@ -169,11 +169,15 @@ void CpuBackend::KvWrite(const KvWriteArgs& args) {
 
 void CpuBackend::KvCopy(const KvCopyArgs& args) {
   CheckPages(args.pages);
-  const int64_t bytes = args.pages.bytes_each() / std::max<int64_t>(1, args.pages.num_pages);
+  const int64_t bytes = args.pages.page_value_bytes(), scales = args.pages.page_scales();
   for (int64_t i = 0; i < args.pages_from_to.dim(0); ++i) {
     const int64_t from = args.pages_from_to(i, 0), to = args.pages_from_to(i, 1);
     MEMSERVE_CHECK(from >= 0 && from < args.pages.num_pages && to >= 0 && to < args.pages.num_pages && from != to);
     for (void* of : {args.pages.keys, args.pages.values}) Copy(static_cast<char*>(of) + to * bytes, static_cast<const char*>(of) + from * bytes, bytes);
+    if (!args.pages.quantised()) continue;
+    for (float* of : {args.pages.key_scales(), args.pages.value_scales()}) {
+      Copy(of + to * scales, of + from * scales, scales * static_cast<int64_t>(sizeof(float)));
+    }
   }
 }
 

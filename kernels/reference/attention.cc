@@ -15,6 +15,30 @@ int64_t Place(const KvPages& pages, int64_t slot, int64_t kv_head, int64_t d) {
   return (slot * pages.kv_heads + kv_head) * pages.head_dim + d;
 }
 
+// What is stored, as it reads.
+double Stored(const KvPages& pages, const StoredValues& values, const float* scales, int64_t slot, int64_t kv_head, int64_t d) {
+  const int64_t place = Place(pages, slot, kv_head, d);
+  if (!pages.quantised()) return values.Get(place);
+  return double{scales[pages.ScalePlace(slot, kv_head)]} * static_cast<const int8_t*>(values.data)[place];
+}
+
+// One token's keys or values of one head as codes and scale.
+void Quantise(const KvPages& pages, void* codes, float* scales, int64_t slot, int64_t kv_head, const float* x) {
+  float largest = 0;
+  bool finite = true;
+  for (int64_t d = 0; d < pages.head_dim; ++d) {
+    finite = finite && std::isfinite(x[d]);
+    largest = std::max(largest, std::abs(x[d]));
+  }
+  const float scale = largest / 127;
+  const bool zero = !finite || scale < std::numeric_limits<float>::min();
+  for (int64_t d = 0; d < pages.head_dim; ++d) {
+    const float code = zero ? 0 : std::clamp(std::nearbyint(x[d] / scale), -127.0f, 127.0f);
+    static_cast<int8_t*>(codes)[Place(pages, slot, kv_head, d)] = static_cast<int8_t>(code);
+  }
+  scales[pages.ScalePlace(slot, kv_head)] = !finite ? std::numeric_limits<float>::quiet_NaN() : zero ? 0 : scale;
+}
+
 int64_t SlotOf(const AttentionArgs& args, int64_t t, int64_t p) {
   const int64_t page_size = args.pages.page_size;
   MEMSERVE_CHECK(0 <= args.sequence(t) && args.sequence(t) < args.block_tables.dim(0));
@@ -39,7 +63,7 @@ void Attend(const AttentionArgs& args, int64_t t, int64_t h) {
     const int64_t slot = SlotOf(args, t, p);
     double score = 0;
     for (int64_t d = 0; d < head_dim; ++d)
-      score += double{args.q(t, h, d)} * keys.Get(Place(args.pages, slot, kv, d));
+      score += double{args.q(t, h, d)} * Stored(args.pages, keys, args.pages.key_scales(), slot, kv, d);
     weight.push_back(score * args.scale);
     largest = std::max(largest, weight.back());
   }
@@ -48,7 +72,7 @@ void Attend(const AttentionArgs& args, int64_t t, int64_t h) {
   for (int64_t d = 0; d < head_dim; ++d) {
     double sum = 0;
     for (int64_t p = first; p <= last; ++p) {
-      sum += weight[p - first] * values.Get(Place(args.pages, SlotOf(args, t, p), kv, d));
+      sum += weight[p - first] * Stored(args.pages, values, args.pages.value_scales(), SlotOf(args, t, p), kv, d);
     }
     args.out(t, h, d) = sum / total;
   }
@@ -69,6 +93,11 @@ void KvWrite(const KvWriteArgs& args) {
     const int64_t slot = args.slots(t);
     MEMSERVE_CHECK(0 <= slot && slot < pages.num_pages * pages.page_size);
     for (int64_t kv = 0; kv < pages.kv_heads; ++kv) {
+      if (pages.quantised()) {
+        Quantise(pages, pages.keys, pages.key_scales(), slot, kv, &args.k(t, kv, 0));
+        Quantise(pages, pages.values, pages.value_scales(), slot, kv, &args.v(t, kv, 0));
+        continue;
+      }
       for (int64_t d = 0; d < pages.head_dim; ++d) {
         keys.Set(Place(pages, slot, kv, d), args.k(t, kv, d));
         values.Set(Place(pages, slot, kv, d), args.v(t, kv, d));
@@ -84,6 +113,13 @@ void KvCopy(const KvCopyArgs& args) {
     MEMSERVE_CHECK(0 <= from && from < pages.num_pages && 0 <= to && to < pages.num_pages && from != to);
     for (void* of : {pages.keys, pages.values}) {
       const StoredValues values{of, pages.dtype};
+      if (pages.quantised()) {
+        float* const scales = of == pages.keys ? pages.key_scales() : pages.value_scales();
+        auto* const codes = static_cast<int8_t*>(of);
+        std::copy_n(codes + from * pages.page_value_bytes(), pages.page_value_bytes(), codes + to * pages.page_value_bytes());
+        std::copy_n(scales + from * pages.page_scales(), pages.page_scales(), scales + to * pages.page_scales());
+        continue;
+      }
       for (int64_t at = 0; at < pages.page_size; ++at) {
         for (int64_t kv = 0; kv < pages.kv_heads; ++kv) {
           for (int64_t d = 0; d < pages.head_dim; ++d) {

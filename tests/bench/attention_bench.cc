@@ -13,7 +13,7 @@ void BenchAttention() {
   constexpr int64_t kPageSize = 16;
   const int64_t heads = ShapeOf(FLAGS_heads, 32), kv_heads = ShapeOf(FLAGS_kv_heads, 8), head_dim = ShapeOf(FLAGS_head_dim, 64);
   const int64_t context = ShapeOf(FLAGS_context, 1024), queries = ShapeOf(FLAGS_queries, 1);
-  const DType format = Format();
+  const DType format = RowFormat() == DType::kI8 ? DType::kI8 : Format();
   for (int64_t batch : bench.batches()) {
     const int64_t pages_each = (context + queries + kPageSize - 1) / kPageSize, num_tokens = batch * queries;
     kernels::KvPages shape{

@@ -190,6 +190,7 @@ struct Variation {
   int step_depth = 1;
   std::string weight_dtype = "auto";
   std::string activation_dtype = "f32";
+  std::string kv_dtype = "auto";
   bool tight_cache = false;  // room for one context only: requests wait for pages
 };
 
@@ -203,6 +204,7 @@ TEST_P(InvarianceTest, AnswersDependOnTheRequestAlone) {
   EngineOptions options = Options(variation.golden);
   options.weight_dtype = variation.weight_dtype;
   options.activation_dtype = variation.activation_dtype;
+  options.kv_dtype = variation.kv_dtype;
   options.threads = 1;
   std::vector<GenerateRequest> uncached = requests;
   for (GenerateRequest& request : uncached) {
@@ -217,7 +219,7 @@ TEST_P(InvarianceTest, AnswersDependOnTheRequestAlone) {
   options.max_sequences = variation.max_sequences;
   options.kv_page_size = variation.page_size;
   options.step_depth = variation.step_depth;
-  if (variation.tight_cache) options.kv_cache_bytes = 1 << 18;
+  if (variation.tight_cache) options.kv_cache_bytes = variation.kv_dtype == "int8" ? 1 << 16 : 1 << 18;
   const std::unique_ptr<Engine> engine = Start(options);
   ASSERT_NE(engine, nullptr);
   // Once cold, once warm; with a tight cache until it had to preempt (requests that arrive slowly do not meet).
@@ -258,6 +260,9 @@ INSTANTIATE_TEST_SUITE_P(Axes, InvarianceTest,
                                            Variation{.name = "TwoInFlightSmallChunks", .golden = "A", .max_batch_tokens = 5, .step_depth = 2},
                                            Variation{.name = "TightCache", .golden = "A", .tight_cache = true},
                                            Variation{.name = "TightCacheTwoInFlight", .golden = "A", .max_batch_tokens = 9, .step_depth = 2, .tight_cache = true},
+                                           Variation{.name = "Int8Kv", .golden = "A", .max_batch_tokens = 17, .threads = 3, .kv_dtype = "int8"},
+                                           Variation{.name = "Int8KvChunksOfOneToken", .golden = "A", .max_batch_tokens = 1, .kv_dtype = "int8"},
+                                           Variation{.name = "Int8KvTightCache", .golden = "A", .max_batch_tokens = 9, .step_depth = 2, .kv_dtype = "int8", .tight_cache = true},
                                            Variation{.name = "OwnTables", .golden = "B", .max_batch_tokens = 19},
                                            Variation{.name = "Peer", .golden = "D", .max_batch_tokens = 19},
                                            Variation{.name = "Dense", .golden = "E", .max_batch_tokens = 19},

@@ -14,9 +14,9 @@ namespace {
 
 using testing::GoldenCase;
 using testing::GoldenSequence;
+using testing::LoadedModel;
 using testing::LoadGolden;
 using testing::LoadModel;
-using testing::LoadedModel;
 using testing::ParityOptions;
 using testing::PrefillBatch;
 
@@ -26,7 +26,9 @@ struct Setting {
   int ranks;
 };
 
-void PrintTo(const Setting& setting, std::ostream* out) { *out << setting.golden << " " << setting.backend << " " << setting.ranks; }
+void PrintTo(const Setting& setting, std::ostream* out) {
+  *out << setting.golden << " " << setting.backend << " " << setting.ranks;
+}
 
 EngineOptions Options(const Setting& setting, const GoldenCase& golden) {
   EngineOptions options = ParityOptions(golden.checkpoint);
@@ -68,6 +70,41 @@ TEST_P(ParityTest, LogitsAgreeWithTheOriginalAloneAndInOneBatch) {
   }
 }
 
+// What int8 keys and values cost on each golden case. Where there is memory a small difference may choose another row, and then one
+// logit may move far: there the root mean square is bounded.
+TEST(Int8KvTest, LogitsStayNearTheOriginals) {
+  for (const std::string& name : testing::GoldenNames()) {
+    const GoldenCase golden = LoadGolden(name);
+    EngineOptions options = ParityOptions(golden.checkpoint);
+    options.kv_dtype = "int8";
+    std::vector<float> of[2];
+    double worst = 0, spread = 0, squares = 0, count = 0;
+    for (const std::string& backend : {std::string("cpu"), std::string("reference")}) {
+      options.backend = backend;
+      const std::unique_ptr<LoadedModel> model = LoadModel(options);
+      double largest = 0;
+      for (const GoldenSequence& sequence : golden.sequences) {
+        const std::vector<float> expected = golden.Floats(sequence.name + ".logits");
+        const std::vector<float> logits = model->executor->ExecuteForLogits(PrefillBatch(*model, {sequence.tokens})).value();
+        worst = std::max(worst, WorstDifference(logits.data(), expected).first);
+        for (size_t i = 0; i < expected.size(); ++i) squares += std::pow(double{logits[i]} - double{expected[i]}, 2);
+        count += static_cast<double>(expected.size());
+        for (const float logit : expected) largest = std::max(largest, std::abs(double{logit}));
+        std::vector<float>& all = of[backend == "cpu" ? 0 : 1];
+        all.insert(all.end(), logits.begin(), logits.end());
+      }
+      spread = largest;
+    }
+    const double mean = std::sqrt(squares / count);
+    std::printf("int8 keys and values, case %s: largest difference of a logit %.4f, root mean square %.4f; logits up to %.2f\n",
+                name.c_str(), worst, mean, spread);
+    EXPECT_LT(mean, 0.05 * spread) << name;
+    if (golden.memory_layers.empty()) EXPECT_LT(worst, 0.05 * spread) << name;
+    EXPECT_GT(worst, 1e-4) << name << ": nothing was rounded";
+    EXPECT_LT(WorstDifference(of[0].data(), of[1]).first, 0.02 * spread) << name << ": cpu and reference";
+  }
+}
+
 // Rows of one token and head with their weights, by row.
 std::map<int32_t, float> RowsOf(const int32_t* rows, const float* weights, int knn) {
   std::map<int32_t, float> found;
@@ -95,9 +132,11 @@ TEST_P(ParityTest, TheSameRowsFireWithTheSameWeights) {
       ASSERT_EQ(rows.size(), entries) << prefix;
       for (size_t i = 0; i < rows.size(); i += knn) {
         const std::map<int32_t, float> expected = RowsOf(&rows[i], &weights[i], knn);
-        const std::map<int32_t, float> found = RowsOf(&result.trace_rows[m * entries + i], &result.trace_weights[m * entries + i], knn);
+        const std::map<int32_t, float> found =
+            RowsOf(&result.trace_rows[m * entries + i], &result.trace_weights[m * entries + i], knn);
         for (const auto& [row, weight] : expected) {
-          ASSERT_TRUE(found.contains(row)) << prefix << " token " << i / knn / heads << " head " << i / knn % heads << " row " << row;
+          ASSERT_TRUE(found.contains(row)) << prefix << " token " << i / knn / heads << " head " << i / knn % heads << " row "
+                                           << row;
           EXPECT_NEAR(found.at(row), weight, 1e-5) << prefix << " token " << i / knn / heads << " row " << row;
         }
       }

@@ -174,7 +174,7 @@ class Cache {
   std::vector<int32_t> block_tables_;          // [sequences, most_pages]
 };
 
-// Rounding moves a score by at most δ = head_dim × epsilon × Σ|q k|, hence a weight by the factor exp(±2δ) ≈ 1 ± 2δ.
+// Below the normal range products may be flushed to 0. Rounding moves a score by at most δ = head_dim × epsilon × Σ|q k|, hence a weight by the factor exp(±2δ) ≈ 1 ± 2δ.
 std::vector<double> Tolerance(const Problem& problem) {
   const auto reference = NewReferenceBackend();
   Problem absolute = problem;
@@ -188,13 +188,13 @@ std::vector<double> Tolerance(const Problem& problem) {
   const double delta = (problem.shape.head_dim + 4) * kEpsilon * largest_score;
   const double terms = 16 + *std::max_element(problem.lengths.begin(), problem.lengths.end());
   std::vector<double> tolerance;
-  for (float sum : sum_of_absolutes) tolerance.push_back((2 * delta + terms * kEpsilon) * sum);
+  for (float sum : sum_of_absolutes) tolerance.push_back((2 * delta + terms * kEpsilon) * sum + std::numeric_limits<float>::min());
   return tolerance;
 }
 
 std::vector<Shape> Shapes() {
   std::vector<Shape> shapes;
-  for (DType dtype : {DType::kF32, DType::kBF16}) {
+  for (DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {
     for (int64_t head_dim : {1, 3, 8, 20, 32, 64, 128}) shapes.push_back({.dtype = dtype, .head_dim = head_dim});
     for (int64_t page_size : {16, 32, 64}) shapes.push_back({.dtype = dtype, .page_size = page_size, .head_dim = 20});
     for (int64_t window : {1, 2, 15, 16, 17, 40}) shapes.push_back({.dtype = dtype, .head_dim = 20, .window = window});
@@ -275,6 +275,67 @@ TEST_P(AttentionTest, ReadsKeysAndValuesAsStored) {
   EXPECT_TRUE(SameBits(from_floats, Cache(backend(), problem).AttendAll(), {33, 4, 20}));
 }
 
+// One position: out is its value as stored.
+std::vector<float> AsStored(Backend& backend, const std::vector<float>& x) {
+  const int64_t head_dim = static_cast<int64_t>(x.size());
+  const Problem problem{{.dtype = DType::kI8, .head_dim = head_dim, .heads = 1, .kv_heads = 1, .queries_per_kv = 1},
+                        {1},
+                        std::vector<float>(x.size(), 1.0f),
+                        std::vector<float>(x.size(), 1.0f),
+                        x};
+  return Cache(backend, problem).AttendAll();
+}
+
+TEST_P(AttentionTest, KeepsInt8CodesToTheNearestHalvesToEven) {
+  // The largest is 127, so the scale is 1.
+  EXPECT_TRUE(SameBits(AsStored(backend(), {127, 0.5f, 1.5f, 2.5f, -0.5f, -1.5f, 0.4999f, -126.7f, 3}),
+                       {127, 0, 2, 2, 0, -2, 0, -127, 3}, {9}));
+  // The scale is 2: 254 / 127. Of the other sign too.
+  EXPECT_TRUE(SameBits(AsStored(backend(), {-254, 3, 5, 6.1f}), {-254, 4, 4, 6}, {4}));  // 1.5 → 2, 2.5 → 2
+  EXPECT_TRUE(SameBits(AsStored(backend(), {0, 0, 0}), {0, 0, 0}, {3}));
+  EXPECT_TRUE(SameBits(AsStored(backend(), {1e-37f, -1e-38f}), {0, 0}, {2})) << "the scale would not be a normal number";
+  EXPECT_TRUE(NearRelative(AsStored(backend(), {3e38f, -3e38f, 1}), {3e38f, -3e38f, 0}, 8, {3}));
+}
+
+TEST_P(AttentionTest, AnInt8TokenThatIsNotFiniteIsNanAndAlone) {
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()}) {
+    for (const float value : AsStored(backend(), {1, bad, 2})) EXPECT_TRUE(std::isnan(value)) << bad;
+  }
+  // The token after the bad one sees it; the other sequence does not.
+  Problem problem = RandomProblem({.dtype = DType::kI8, .heads = 2, .kv_heads = 1}, {2, 2});
+  problem.k[8] = std::numeric_limits<float>::quiet_NaN();
+  const std::vector<float> out = Cache(backend(), problem).AttendAll();
+  EXPECT_FALSE(std::isnan(out[0]));
+  EXPECT_TRUE(std::isnan(out[16]));
+  for (size_t i = 32; i < 64; ++i) EXPECT_FALSE(std::isnan(out[i])) << i;
+}
+
+TEST_P(AttentionTest, KeepsAnInt8ScalePerTokenAndHead) {
+  // Tokens and heads of sizes far apart: one scale for them together would lose the small ones.
+  Problem problem = RandomProblem({.dtype = DType::kI8, .head_dim = 20}, {33});
+  for (size_t i = 0; i < problem.v.size(); ++i) {
+    const size_t t = i / 40, head = i / 20 % 2;
+    problem.v[i] *= (t % 2 == 0 ? 1.0f : 1e-3f) * (head == 0 ? 1.0f : 1e3f);
+    problem.k[i] = 0;  // all weigh alike
+  }
+  Problem exact = problem;
+  exact.shape.dtype = DType::kF32;
+  const std::vector<float> stored = Cache(backend(), problem).AttendAll(), expected = Cache(backend(), exact).AttendAll();
+  for (int64_t t = 0; t < 33; ++t) {
+    for (int64_t i = 0; i < 80; ++i) {
+      const int64_t kv = i / 40;
+      double allowed = 0;  // half a code of each token's value, weighed
+      for (int64_t p = 0; p <= t; ++p) {
+        float largest = 0;
+        for (int64_t d = 0; d < 20; ++d) largest = std::max(largest, std::abs(problem.v[p * 40 + kv * 20 + d]));
+        allowed += 0.51 * largest / 127 / static_cast<double>(t + 1);
+      }
+      ASSERT_NEAR(stored[t * 80 + i], expected[t * 80 + i], allowed) << "token " << t << ", " << i;
+    }
+  }
+}
+
 TEST_P(AttentionTest, GivesATokenTheSameBitsHoweverItIsBatchedAndPaged) {
   for (const Shape& shape : Shapes()) {
     const Problem problem = RandomProblem(shape, {5, 50, 33});
@@ -307,25 +368,28 @@ TEST_P(AttentionTest, GivesATokenTheSameBitsHoweverItIsBatchedAndPaged) {
 }
 
 TEST_P(AttentionTest, GivesAHeadTheSameBitsOnEveryRank) {
-  const Problem whole = RandomProblem({.head_dim = 20, .heads = 12, .kv_heads = 3, .queries_per_kv = 4}, {20});
-  const std::vector<float> all = Cache(backend(), whole).AttendAll();
-  const auto heads = [](const std::vector<float>& values, int64_t of, int64_t first, int64_t count) {
-    std::vector<float> some;
-    for (int64_t t = 0; t < 20; ++t) {
-      some.insert(some.end(), values.begin() + (t * of + first) * 20, values.begin() + (t * of + first + count) * 20);
-    }
-    return some;
-  };
-  Problem rank = whole;
-  rank.shape = {.head_dim = 20, .heads = 6, .kv_heads = 2, .queries_per_kv = 4, .first_query_head = 6, .first_kv_head = 1};
-  rank.q = heads(whole.q, 12, 6, 6);
-  rank.k = heads(whole.k, 3, 1, 2);
-  rank.v = heads(whole.v, 3, 1, 2);
-  EXPECT_TRUE(SameBits(Cache(backend(), rank).AttendAll(), heads(all, 12, 6, 6), {20, 6, 20}));
+  for (const DType dtype : {DType::kF32, DType::kI8}) {
+    const Problem whole = RandomProblem({.dtype = dtype, .head_dim = 20, .heads = 12, .kv_heads = 3, .queries_per_kv = 4}, {20});
+    const std::vector<float> all = Cache(backend(), whole).AttendAll();
+    const auto heads = [](const std::vector<float>& values, int64_t of, int64_t first, int64_t count) {
+      std::vector<float> some;
+      for (int64_t t = 0; t < 20; ++t) {
+        some.insert(some.end(), values.begin() + (t * of + first) * 20, values.begin() + (t * of + first + count) * 20);
+      }
+      return some;
+    };
+    Problem rank = whole;
+    rank.shape = {
+        .dtype = dtype, .head_dim = 20, .heads = 6, .kv_heads = 2, .queries_per_kv = 4, .first_query_head = 6, .first_kv_head = 1};
+    rank.q = heads(whole.q, 12, 6, 6);
+    rank.k = heads(whole.k, 3, 1, 2);
+    rank.v = heads(whole.v, 3, 1, 2);
+    EXPECT_TRUE(SameBits(Cache(backend(), rank).AttendAll(), heads(all, 12, 6, 6), {20, 6, 20}));
+  }
 }
 
 TEST_P(AttentionTest, CopiedPagesHoldWhatTheirOriginalsHeld) {
-  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {
     Shape shape;
     shape.dtype = dtype;
     const Problem problem = RandomProblem(shape, {27, 9});
