@@ -21,6 +21,7 @@ int Tokenize(const Options& options);
 int Detokenize(const Options& options);
 int Model(const Options& options);
 int Load(const Options& options);
+int LoadTest(const Options& options);
 int Tables(const Options& options);
 int Rows(const Options& options);
 int RowStats(const Options& options);

@@ -17,6 +17,24 @@ Flags::Parse IntoNumber(std::optional<Number>& value) {
   };
 }
 
+template <typename Number>
+Flags::Parse IntoNumbers(std::vector<Number>& values) {
+  return [&values](const std::string& text) {
+    values.clear();
+    const char* at = text.data();
+    const char* const end = at + text.size();
+    while (true) {
+      Number value{};
+      const auto [after, error] = std::from_chars(at, end, value);
+      if (error != std::errc()) return false;
+      values.push_back(value);
+      if (after == end) return true;
+      if (*after != ',') return false;
+      at = after + 1;
+    }
+  };
+}
+
 std::optional<bool> ReadSwitch(const std::string& text) {
   if (text == "on" || text == "true") return true;
   if (text == "off" || text == "false") return false;
@@ -95,22 +113,8 @@ Flags::Parse Into(std::vector<std::string>& values) {
   };
 }
 
-Flags::Parse Into(std::vector<int32_t>& values) {
-  return [&values](const std::string& text) {
-    values.clear();
-    const char* at = text.data();
-    const char* const end = at + text.size();
-    while (true) {
-      int32_t value = 0;
-      const auto [after, error] = std::from_chars(at, end, value);
-      if (error != std::errc()) return false;
-      values.push_back(value);
-      if (after == end) return true;
-      if (*after != ',') return false;
-      at = after + 1;
-    }
-  };
-}
+Flags::Parse Into(std::vector<int32_t>& values) { return IntoNumbers(values); }
+Flags::Parse Into(std::vector<double>& values) { return IntoNumbers(values); }
 
 Flags::Parse Into(std::optional<bool>& value) {
   return [&value](const std::string& text) {

@@ -43,6 +43,7 @@ class Flags {
 Flags::Parse Into(std::string& value);
 Flags::Parse Into(std::vector<std::string>& values);
 Flags::Parse Into(std::vector<int32_t>& values);  // with commas between them; replaces
+Flags::Parse Into(std::vector<double>& values);   // likewise
 Flags::Parse Into(std::optional<bool>& value);  // on or off
 Flags::Parse Into(std::optional<float>& value);
 Flags::Parse Into(std::optional<double>& value);

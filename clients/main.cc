@@ -30,6 +30,7 @@ Commands:
   trace PROMPT                      the rows that fire for each token of a prompt: position, token id, layer, memory head, row, weight
   abort REQUEST_ID...               end running or waiting requests
   repeat PROMPT                     stream the same completion again and again and print microseconds a token
+  load_test                         many streams at once: throughput, latencies and refusals, a line per point
 
 Flags of all commands:
   --address=HOST:PORT               default 127.0.0.1:50051
@@ -102,6 +103,23 @@ Flags of row-stats:
 Flags of repeat:
   --count=N                         measured streams, after one that warms up (default 10)
 
+Flags of load_test (also --temperature and the others above; --timeout_seconds is the deadline of each request):
+  --concurrency=LIST                closed loop: so many streams at all times, a point for each number (default 1,4,16,64 where no
+                                    other point is asked for)
+  --requests=N                      of a point of the closed loop (default: 4 for each stream; with --seconds as many as fit)
+  --rates=LIST                      open loop: Poisson arrivals, requests a second
+  --load_factors=LIST               the same in multiples of the capacity, such as 0.5,1,1.5,2,3
+  --capacity=R                      requests a second (default: the most that a closed loop of this run finished)
+  --seconds=S                       of arrivals in a point (default of an open loop: 10); figures are of its last four fifths
+  --prompts=FILE                    prompts, a line each (default: random token ids)
+  --prompt_tokens=N                 of a random prompt (default 64), from half to one and a half times so many
+  --output_tokens=N                 drawn for each, whatever the model says (default 64), likewise spread (of --prompts: --max_tokens)
+  --shared_prefix_tokens=N          that all random prompts begin with, beside their own (default 0)
+  --ttft_slo_ms=X --itl_slo_ms=X    goodput counts requests whose first token came within X ms and the others every X ms on average
+  --long_prompt_tokens=N            instead: a prompt of so many tokens arrives beside running streams; their largest gap meanwhile
+  --streams=N                       running then (default 8)
+  --json_file=FILE                  write all figures there
+
 After -- all words are taken as they are. Ctrl-C cancels the call.
 Exit status: 0 success, 1 usage, 2 the call failed (CODE: message on standard error), 130 cancelled by Ctrl-C.
 
@@ -136,6 +154,7 @@ const std::map<std::string, Command>& Commands() {
       {"row-stats", {RowStats, {"all", "table", "row-stats"}}},
       {"trace", {Trace, {"all", "bos", "special", "ids", "prompt", "trace"}}},
       {"abort", {Abort, {"all"}}},
+      {"load_test", {LoadTest, {"all", "prompt", "generate", "load_test"}}},
       {"repeat", {Repeat, {"all", "bos", "special", "ids", "prompt", "generate", "repeat"}}},
   };
   return *commands;
@@ -197,6 +216,21 @@ std::optional<std::string> ReadCommandLine(int argc, char** argv, Options& optio
   flags.AddSwitch("chat", "complete", options.chat);
   flags.Add("system", "system", "a text", Into(options.system));
   flags.Add("count", "repeat", "a whole number", Into(options.count));
+  flags.Add("concurrency", "load_test", "numbers apart by commas", Into(options.concurrency));
+  flags.Add("rates", "load_test", "numbers apart by commas", Into(options.rates));
+  flags.Add("load_factors", "load_test", "numbers apart by commas", Into(options.load_factors));
+  flags.Add("requests", "load_test", "a whole number", Into(options.requests));
+  flags.Add("seconds", "load_test", "a number", Into(options.seconds));
+  flags.Add("capacity", "load_test", "a number", Into(options.capacity));
+  flags.Add("prompts", "load_test", "a file", Into(options.prompts_file));
+  flags.Add("prompt_tokens", "load_test", "a whole number", Into(options.prompt_tokens));
+  flags.Add("output_tokens", "load_test", "a whole number", Into(options.output_tokens));
+  flags.Add("shared_prefix_tokens", "load_test", "a whole number", Into(options.shared_prefix_tokens));
+  flags.Add("ttft_slo_ms", "load_test", "a number", Into(options.ttft_slo_ms));
+  flags.Add("itl_slo_ms", "load_test", "a number", Into(options.itl_slo_ms));
+  flags.Add("long_prompt_tokens", "load_test", "a whole number", Into(options.long_prompt_tokens));
+  flags.Add("streams", "load_test", "a whole number", Into(options.streams));
+  flags.Add("json_file", "load_test", "a file", Into(options.json_file));
   std::optional<std::string> wrong = flags.Read(argc, argv, GroupsOf, options.words);
   if (options.words.empty()) return wrong;
   options.command = options.words.front();

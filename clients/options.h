@@ -53,6 +53,12 @@ struct Options {
 
   std::optional<int32_t> count;  // of repeat
 
+  // Of load_test.
+  std::vector<double> concurrency, rates, load_factors;
+  std::optional<int32_t> requests, prompt_tokens, output_tokens, shared_prefix_tokens, long_prompt_tokens, streams;
+  std::optional<double> seconds, capacity, ttft_slo_ms, itl_slo_ms;
+  std::string prompts_file, json_file;
+
   bool chat = false;   // complete: the prompt is a user's message
   std::string system;  // the first message of a chat
   bool allow_special = false;

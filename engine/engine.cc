@@ -439,7 +439,7 @@ void EngineImpl::Run() {
     RunTask();
     EndMarked(step_begin_);
     while (static_cast<int>(in_flight_.size()) < step_depth_) {
-      StepPlan plan = scheduler_.Schedule(steps_, step_begin_, step_times_.PrefillLimit());
+      StepPlan plan = scheduler_.Schedule(steps_, step_begin_, step_times_);
       if (plan.batch.num_tokens() == 0) break;
       ++steps_;
       if (absl::Status s = executor_->Launch(plan.batch); !s.ok()) {
@@ -536,7 +536,7 @@ void EngineImpl::Collect() {
   const absl::Time now = absl::Now();
   last_step_ = now - std::max(step_begin_, collected_);
   collected_ = now;
-  step_times_.Add(plan.decodes, plan.batch.num_tokens() - plan.decodes, last_step_);
+  step_times_.Add(plan.work, last_step_);
   prompt_tokens_ += plan.prompt_tokens;
   for (size_t i = 0; i < plan.traced.size(); ++i) {
     const auto& [sequence, position] = plan.traced[i];
@@ -669,6 +669,7 @@ void EngineImpl::UpdateLoad() {
   kernels::MutexLock lock(mutex_);
   load_.running = scheduler_.running();
   load_.waiting = scheduler_.waiting();
+  load_.preempted = scheduler_.preempted();
   load_.waiting_tokens = scheduler_.waiting_tokens();
   load_.kv_pages_total = cache_.total();
   load_.kv_pages_used = cache_.used();

@@ -63,6 +63,7 @@ struct Load {
   int64_t ended_requests = 0;
   int running = 0;
   int waiting = 0;
+  int preempted = 0;         // of those that wait: gave their pages back
   int64_t waiting_tokens = 0;
   int64_t kv_pages_total = 0;
   int64_t kv_pages_used = 0;    // held by sequences

@@ -21,6 +21,7 @@ struct EngineOptions {
   std::string kv_dtype = "auto";          // f32, bf16; auto: f32 with f32 activations, else bf16
 
   int64_t kv_cache_bytes = 0;        // 0: enough for 16 sequences of full context, at most a quarter of the memory that is free
+  double kv_cache_fraction = 0;      // instead: of the memory that is free beside weights, tables and scratch; (0, 1]
   int kv_page_size = 16;             // tokens; a multiple of 16
   int max_context_tokens = 0;        // prompt and completion of one request; 0: the checkpoint's max_seqlen
   int max_batch_tokens = 512;        // in one step: decode tokens first, prompt chunks fill the rest

@@ -35,6 +35,16 @@ bool WaitsForLeader(const Sequence& sequence) {
   return leader != nullptr && !leader->ended && leader->planned < leader->shared_tokens();
 }
 
+// The adjustment of one slot. Its guesses count as drawn for it alone.
+void AdjustLogits(const StepPlan::Draw& draw, Batch& batch) {
+  Sequence& s = *draw.sequence;
+  const auto known = static_cast<int64_t>(s.tokens.size());
+  s.tokens.insert(s.tokens.end(), s.guessed.begin(), s.guessed.begin() + draw.guesses);
+  s.rules->AddTo(batch, s.tokens, s.prompt_tokens);
+  s.rules->TakeBack(s.tokens, known, s.prompt_tokens);
+  s.tokens.resize(known);
+}
+
 }  // namespace
 
 void Scheduler::Add(std::shared_ptr<Sequence> sequence) {
@@ -64,6 +74,7 @@ bool Scheduler::TakeUp(const std::shared_ptr<Sequence>& sequence) {
   if (s.preemptions == 0) s.cached_tokens = s.planned;
   s.leader = nullptr;
   waiting_tokens_ -= s.waits_with;
+  preempted_ -= s.preemptions > 0 ? 1 : 0;
   return true;
 }
 
@@ -108,6 +119,7 @@ void Scheduler::Preempt(Queue::iterator victim) {
   s.planned = 0;
   ++s.preemptions;
   ++preemptions_;
+  ++preempted_;
   Wait(sequence);
 }
 
@@ -132,7 +144,7 @@ void Scheduler::Guess(Sequence& s, int64_t most) {
   if (room() < static_cast<int64_t>(s.guessed.size())) s.guessed.resize(room());
 }
 
-StepPlan Scheduler::Schedule(int64_t step, absl::Time now, int64_t prefill_limit) {
+StepPlan Scheduler::Schedule(int64_t step, absl::Time now, const StepTimes& times) {
   Admit();
   StepPlan plan;
   plan.batch.step = step;
@@ -157,18 +169,24 @@ StepPlan Scheduler::Schedule(int64_t step, absl::Time now, int64_t prefill_limit
     }
     if (sequence->drafts) Guess(*sequence, std::min(budget - 1, guesses));
     planned.push_back({sequence, 1 + static_cast<int64_t>(sequence->guessed.size())});
+    plan.work.Add(sequence->planned, planned.back().count);
     guesses -= planned.back().count - 1;
     budget -= planned.back().count;
-    plan.decodes += planned.back().count;
   }
-  if (plan.decodes > 0) budget = std::min(budget, std::max<int64_t>(1, prefill_limit));
+  const StepWork decodes = plan.work;
   for (const std::shared_ptr<Sequence>& sequence : running_) {
     if (budget == 0) break;
     if (Decodes(*sequence)) continue;
     // A token that came while it waited may have no page yet; it is decoded then.
     const int64_t room = static_cast<int64_t>(sequence->pages.size()) * cache_.page_size() - sequence->planned;
-    const int64_t count = std::min({budget, Ready(*sequence, step), room});
+    int64_t count = std::min({budget, Ready(*sequence, step), room});
     if (count <= 0) continue;
+    if (decodes.tokens > 0) {
+      const int64_t least = plan.work.tokens == decodes.tokens ? 1 : 0;  // prompts go on, however slow
+      count = std::min(count, std::max(least, times.PrefillLimit(decodes, plan.work, sequence->planned)));
+      if (count == 0) break;
+    }
+    plan.work.Add(sequence->planned, count);
     planned.push_back({sequence, count});
     budget -= count;
   }
@@ -179,16 +197,6 @@ StepPlan Scheduler::Schedule(int64_t step, absl::Time now, int64_t prefill_limit
 
   OrderSlots(plan);
   return plan;
-}
-
-// The adjustment of one slot. Its guesses count as drawn for it alone.
-void AdjustLogits(const StepPlan::Draw& draw, Batch& batch) {
-  Sequence& s = *draw.sequence;
-  const auto known = static_cast<int64_t>(s.tokens.size());
-  s.tokens.insert(s.tokens.end(), s.guessed.begin(), s.guessed.begin() + draw.guesses);
-  s.rules->AddTo(batch, s.tokens, s.prompt_tokens);
-  s.rules->TakeBack(s.tokens, known, s.prompt_tokens);
-  s.tokens.resize(known);
 }
 
 // Slots that sample come first, and of them those whose logits are adjusted. Until here batch.logit_tokens has those of scored slots only.
@@ -288,6 +296,7 @@ void Scheduler::RemoveIf(const std::function<bool(const std::shared_ptr<Sequence
     if (!visit(sequence)) return false;
     sequence->ended = true;
     waiting_tokens_ -= sequence->waits_with;
+    preempted_ -= sequence->preemptions > 0 ? 1 : 0;
     return true;
   });
 }

@@ -18,6 +18,7 @@
 #include "engine/batch.h"
 #include "engine/kv_cache.h"
 #include "engine/sequence.h"
+#include "engine/step_times.h"
 
 namespace memserve::engine {
 
@@ -43,7 +44,7 @@ struct StepPlan {
   };
   std::vector<Traced> traced;                      // beside batch.traced_tokens
   int64_t prompt_tokens = 0;                       // in this batch
-  int64_t decodes = 0;                             // sequences that add one token
+  StepWork work;                                   // of the whole batch
 };
 
 class Scheduler {
@@ -52,9 +53,9 @@ class Scheduler {
 
   void Add(std::shared_ptr<Sequence> sequence);
 
-  // The next step; an empty batch when nothing can run. `step` numbers it. Beside tokens that decode, at most `prefill_limit` tokens of
-  // prompts are taken (at least one).
-  StepPlan Schedule(int64_t step, absl::Time now, int64_t prefill_limit = INT64_MAX);
+  // The next step; an empty batch when nothing can run. `step` numbers it. Beside tokens that decode, as many tokens of prompts are
+  // taken as `times` allows (at least one).
+  StepPlan Schedule(int64_t step, absl::Time now, const StepTimes& times = StepTimes());
 
   // The sequence will not run again: its pages are free at once. (Steps in flight may still write to them; a step that reads them for
   // another sequence comes later in the same stream.)
@@ -65,6 +66,7 @@ class Scheduler {
 
   int running() const { return static_cast<int>(running_.size()); }
   int waiting() const { return static_cast<int>(waiting_.size()); }
+  int preempted() const { return preempted_; }                // of those that wait
   int64_t waiting_tokens() const { return waiting_tokens_; }  // known of those that wait
   int64_t preemptions() const { return preemptions_; }        // since the start
 
@@ -93,6 +95,7 @@ class Scheduler {
   std::vector<int32_t> page_copies_;  // of the next step
   int64_t next_order_ = 0;
   int64_t preemptions_ = 0;
+  int preempted_ = 0;
 };
 
 }  // namespace memserve::engine

@@ -89,6 +89,12 @@ absl::Status CheckOptions(const EngineOptions& o, const ModelConfig& config) {
        }) {
     if (!status.ok()) return status;
   }
+  if (!(o.kv_cache_fraction >= 0 && o.kv_cache_fraction <= 1)) {
+    return absl::InvalidArgumentError(absl::StrCat("kv_cache_fraction: ", o.kv_cache_fraction, " is not in [0, 1]"));
+  }
+  if (o.kv_cache_fraction > 0 && o.kv_cache_bytes > 0) {
+    return absl::InvalidArgumentError("kv_cache_fraction: kv_cache_bytes says how much; give one of them");
+  }
   if (o.kv_page_size % kernels::kAttentionBlock != 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("kv_page_size: ", o.kv_page_size, " is not a multiple of ", kernels::kAttentionBlock));
@@ -118,6 +124,14 @@ absl::Status PlanRanks(const ModelConfig& config, const Checkpoint& checkpoint, 
 absl::StatusOr<int64_t> ResolveKvPages(const EngineOptions& options, const StartPlan& plan) {
   const int64_t page_bytes = plan.Sum(&RankPlan::kv_bytes_per_page);
   const int64_t per_context = plan.executor.rank.pages_per_sequence();
+  if (options.kv_cache_fraction > 0) {
+    const double free = static_cast<double>(std::max<int64_t>(0, plan.available_bytes - (plan.total() - plan.Sum(&RankPlan::kv_bytes))));
+    const auto pages = static_cast<int64_t>(options.kv_cache_fraction * free / static_cast<double>(page_bytes));
+    // An int32 names a page.
+    if (pages >= 1) return std::min<int64_t>(pages, INT32_MAX);
+    return absl::InvalidArgumentError(absl::StrCat("kv_cache_fraction: ", options.kv_cache_fraction, " of the ", FormatBytes(static_cast<int64_t>(free)),
+                                                   " that are free beside the rest is less than one page, ", FormatBytes(page_bytes)));
+  }
   if (options.kv_cache_bytes == 0) {
     return std::max<int64_t>(per_context, std::min(kDefaultContexts * per_context, plan.available_bytes / 4 / page_bytes));
   }

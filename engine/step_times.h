@@ -1,46 +1,53 @@
 // What steps cost, measured as they run: how many tokens of prompts may join a step, how long a prompt will take. Engine thread only.
+//
+//   seconds ≈ base + token · tokens computed + key · keys that they attend to
+//
+// The three are followed by a Kalman filter. They are of the model and the machine, not of the sequences, so steps of every kind tell
+// of them: a server that is never without prompts sees no step that only decodes, and still knows what one would take.
 #pragma once
 
-#include <algorithm>
+#include <array>
 #include <cstdint>
 
 #include "absl/time/time.h"
 
 namespace memserve::engine {
 
+// What a step computes.
+struct StepWork {
+  int64_t tokens = 0;
+  int64_t keys = 0;  // of all its tokens together, before the window
+
+  // `count` tokens from `position` on.
+  void Add(int64_t position, int64_t count) {
+    tokens += count;
+    keys += count * position + count * (count + 1) / 2;
+  }
+};
+
 class StepTimes {
  public:
-  // A step that decoded for so many sequences and computed so many tokens of prompts took `duration`.
-  void Add(int64_t decodes, int64_t prompt_tokens, absl::Duration duration) {
-    const double seconds = absl::ToDoubleSeconds(duration);
-    if (prompt_tokens == 0) {
-      if (decodes > 0) Learn(seconds, decode_step_);
-      return;
-    }
-    // Of a step that does both, what is beyond a decode step is the prompt's.
-    if (decodes > 0 && decode_step_ == 0) return;
-    const double of_prompt = decodes > 0 ? seconds - decode_step_ : seconds;
-    Learn(std::max(of_prompt, 0.0) / static_cast<double>(prompt_tokens), prompt_token_);
-  }
+  StepTimes() = default;
+  // Known from the start: for tests.
+  StepTimes(absl::Duration base, absl::Duration token, absl::Duration key);
 
-  // So many tokens of prompts beside those that decode that the step takes at most kLongest decode steps: then no running stream
-  // hears nothing for longer. No limit before both are known.
-  int64_t PrefillLimit() const {
-    if (decode_step_ == 0 || prompt_token_ == 0) return INT64_MAX;
-    return std::max<int64_t>(1, static_cast<int64_t>((kLongest - 1) * decode_step_ / prompt_token_));
-  }
+  void Add(const StepWork& work, absl::Duration duration);
 
-  // Of one token of a prompt; 0 before one was computed.
-  absl::Duration PromptToken() const { return absl::Seconds(prompt_token_); }
+  bool known() const { return known_; }  // whether a step was measured
+  absl::Duration Expected(const StepWork& work) const;
+  // So many tokens of a prompt, from `position` on, may join the step `work` that it takes at most kLongest times as long as `decodes`
+  // alone: then no running stream hears nothing for longer. No limit before a step was measured; may be 0.
+  int64_t PrefillLimit(const StepWork& decodes, const StepWork& work, int64_t position) const;
+  // Of one token of a prompt; 0 before a step was measured.
+  absl::Duration PromptToken() const { return absl::Seconds(cost_[1]); }
 
  private:
   static constexpr double kLongest = 2.5;
-  static constexpr double kWeight = 0.1;  // of a new measurement
+  static constexpr int kCosts = 3;  // base, token, key
 
-  static void Learn(double measured, double& known) { known = known == 0 ? measured : known + kWeight * (measured - known); }
-
-  double decode_step_ = 0;   // seconds
-  double prompt_token_ = 0;  // seconds
+  bool known_ = false;
+  std::array<double, kCosts> cost_ = {};                           // seconds
+  std::array<std::array<double, kCosts>, kCosts> covariance_ = {};  // of what is not known of them
 };
 
 }  // namespace memserve::engine

@@ -321,6 +321,7 @@ v1::GetLoadResponse ToProto(const engine::Load& load) {
   response.set_kv_pages_cached(load.kv_pages_cached);
   response.set_cached_tokens(load.cached_tokens);
   response.set_preemptions(load.preemptions);
+  response.set_preempted(load.preempted);
   response.set_draft_tokens(load.draft_tokens);
   response.set_accepted_draft_tokens(load.accepted_draft_tokens);
   return response;

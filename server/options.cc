@@ -38,6 +38,8 @@ ABSL_FLAG(std::string, kv_dtype, kEngine.kv_dtype,
           "of cached keys and values: f32, bf16; auto: f32 with f32 activations, else bf16");
 ABSL_FLAG(int64_t, kv_cache_bytes, kEngine.kv_cache_bytes,
           "bytes for cached keys and values; 0: enough for 16 sequences of full context, at most a quarter of the free memory");
+ABSL_FLAG(double, kv_cache_fraction, kEngine.kv_cache_fraction,
+          "instead of kv_cache_bytes: this part, at most 1, of the memory that is free beside weights, tables and scratch");
 ABSL_FLAG(int, kv_page_size, kEngine.kv_page_size, "tokens of a page of that cache; a multiple of 16");
 ABSL_FLAG(int, max_context_tokens, kEngine.max_context_tokens,
           "tokens, prompt and completion of one request together; 0: the checkpoint's max_seqlen");
@@ -67,6 +69,7 @@ ABSL_FLAG(int, max_message_bytes, kServer.max_message_bytes, "bytes of one reque
 ABSL_FLAG(int, max_unread_bytes, kServer.max_unread_bytes,
           "bytes that one stream's reader may leave unread; then the stream ends with RESOURCE_EXHAUSTED");
 ABSL_FLAG(std::string, log_level, kServer.log_level, "least level that is logged: trace, debug, info, warning, error");
+ABSL_FLAG(int, log_load_seconds, kServer.log_load_seconds, "log what the engine is doing so often while it works; 0: never");
 ABSL_FLAG(bool, log_json, kServer.log_json, "log one JSON object a line instead of text");
 
 namespace memserve::server {
@@ -153,6 +156,7 @@ absl::Status Check(const ServerOptions& options) {
                                                    "take 127.0.0.1, or say --allow_public"));
   }
   if (absl::Status status = CheckRange("--drain_seconds", options.drain_seconds, 0, 86400); !status.ok()) return status;
+  if (absl::Status status = CheckRange("--log_load_seconds", options.log_load_seconds, 0, 86400); !status.ok()) return status;
   if (absl::Status status = CheckRange("--stall_seconds", options.stall_seconds, 1, 86400); !status.ok()) return status;
   if (absl::Status status = CheckRange("--max_message_bytes", options.max_message_bytes, 1024, 1 << 30); !status.ok()) {
     return status;
@@ -197,6 +201,7 @@ absl::StatusOr<Options> ParseCommandLine(int argc, char** argv) {
   engine.table_dtype = absl::GetFlag(FLAGS_table_dtype);
   engine.kv_dtype = absl::GetFlag(FLAGS_kv_dtype);
   engine.kv_cache_bytes = absl::GetFlag(FLAGS_kv_cache_bytes);
+  engine.kv_cache_fraction = absl::GetFlag(FLAGS_kv_cache_fraction);
   engine.kv_page_size = absl::GetFlag(FLAGS_kv_page_size);
   engine.max_context_tokens = absl::GetFlag(FLAGS_max_context_tokens);
   engine.max_batch_tokens = absl::GetFlag(FLAGS_max_batch_tokens);
@@ -221,6 +226,7 @@ absl::StatusOr<Options> ParseCommandLine(int argc, char** argv) {
   server.max_message_bytes = absl::GetFlag(FLAGS_max_message_bytes);
   server.max_unread_bytes = absl::GetFlag(FLAGS_max_unread_bytes);
   server.convert_cache = absl::GetFlag(FLAGS_convert_cache);
+  server.log_load_seconds = absl::GetFlag(FLAGS_log_load_seconds);
   server.log_level = absl::GetFlag(FLAGS_log_level);
   server.log_json = absl::GetFlag(FLAGS_log_json);
   if (absl::Status status = Check(server); !status.ok()) return status;

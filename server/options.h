@@ -19,6 +19,7 @@ struct ServerOptions {
   int stall_seconds = 60;                        // no step for so long although requests wait: not ready
   int max_message_bytes = 8 << 20;               // of one request
   int max_unread_bytes = 4 << 20;                // of one stream whose reader is slow; beyond it the stream is ended
+  int log_load_seconds = 10;                     // between two lines that say what the engine does, while it works; 0: none
   std::string log_level = "info";                // trace, debug, info, warning, error
   std::string convert_cache;                     // folder for converted checkpoints; empty: such checkpoints are refused
   bool log_json = false;                         // one JSON object a line instead of text

@@ -37,7 +37,7 @@ absl::Status WritePortFile(const std::string& file, int port) {
 }  // namespace
 
 Server::Server(const ServerOptions& options)
-    : options_(options), inference_(options_, gate_), memory_(gate_), progress_(absl::Seconds(options.stall_seconds)) {}
+    : options_(options), inference_(options_, gate_), memory_(gate_), progress_(absl::Seconds(options.stall_seconds)), load_log_(absl::Seconds(options.log_load_seconds)) {}
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Listen(const ServerOptions& options) {
   if (absl::Status status = Check(options); !status.ok()) return status;
@@ -79,6 +79,7 @@ absl::Status Server::Serve(std::unique_ptr<engine::Engine> engine) {
 
 void Server::WatchProgress(absl::Time now) {
   const engine::Load load = engine_->load();
+  if (const std::optional<std::string> line = load_log_.Line(load, now)) spdlog::info("{}", *line);
   const bool progresses = progress_.Progresses(load, now);
   if (progresses == progresses_) return;
   progresses_ = progresses;

@@ -12,6 +12,7 @@
 #include "grpcpp/server.h"
 #include "server/gate.h"
 #include "server/inference_service.h"
+#include "server/load_log.h"
 #include "server/memory_service.h"
 #include "server/options.h"
 #include "server/progress_watch.h"
@@ -52,6 +53,7 @@ class Server {
   std::unique_ptr<grpc::Server> grpc_;
   int port_ = 0;
   ProgressWatch progress_;
+  LoadLog load_log_;
   bool progresses_ = true;
 };
 

@@ -10,8 +10,6 @@ bf16 needs torch; without it --table_dtype f32 compares with numpy. Medians of t
 """
 
 import argparse
-import json
-import os
 import pathlib
 import re
 import statistics
@@ -19,8 +17,9 @@ import subprocess
 import sys
 import time
 
+import synthetic_checkpoint
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-CHUNK = 64 << 20
 
 PYTHON_LOAD = """
 import sys, time
@@ -42,66 +41,12 @@ print(loaded - begin, time.perf_counter() - begin)
 """
 
 
-def tensors_of(config, table_dtype):
-    """Names, types and shapes, in file order."""
-    dim, ffn, vocab = config["dim"], config["ffn_dim"], config["vocab_size"]
-    memory = config["productkey_args"]
-    query, rows = memory["mem_heads"] * memory["mem_k_dim"], memory["mem_n_keys"] ** 2
-    yield "tok_embeddings.weight", "BF16", [vocab, dim]
-    yield "norm.weight", "BF16", [dim]
-    for layer in range(config["n_layers"]):
-        prefix = f"layers.{layer}."
-        yield prefix + "attention_norm.weight", "BF16", [dim]
-        yield prefix + "ffn_norm.weight", "BF16", [dim]
-        for part in ("wq", "wk", "wv", "wo"):
-            yield f"{prefix}attention.{part}.weight", "BF16", [dim, dim]
-        prefix += "feed_forward."
-        if layer == 0:
-            yield prefix + "w1.weight", "BF16", [ffn, dim]
-            yield prefix + "w3.weight", "BF16", [ffn, dim]
-            yield prefix + "w2.weight", "BF16", [dim, ffn]
-            continue
-        yield prefix + "query_proj.query_mlps.0.weight", "BF16", [query, dim]
-        yield prefix + "query_proj.query_mlps.0.bias", "BF16", [query]
-        yield prefix + "keys", "BF16", [2 * memory["mem_heads"] * memory["mem_n_keys"], memory["mem_k_dim"] // 2]
-        yield prefix + "swilu_projection.weight", "BF16", [memory["mem_v_dim"], dim]
-        yield prefix + "swilu_projection.bias", "BF16", [memory["mem_v_dim"]]
-        yield prefix + "value_proj.weight", "BF16", [dim, memory["mem_v_dim"]]
-        yield prefix + "value_proj.bias", "BF16", [dim]
-        yield prefix + "values.weight", table_dtype, [rows, memory["mem_v_dim"]]
-
-
 def make_checkpoint(folder, args):
     config = {"model_type": "memory_llama", "dim": 512, "n_layers": 2, "n_heads": 8, "vocab_size": 4096, "max_seqlen": 1024,
               "ffn_dim": 1024, "weight_tying": True, "tokenizer": "none",
               "productkey_args": {"is_enabled": True, "layers": "1", "mem_n_keys": 1 << (args.rows // 2), "mem_heads": 4, "mem_knn": 32,
                                   "mem_k_dim": 256, "mem_v_dim": args.dim}}
-    table_dtype = args.table_dtype.upper()
-    header, end = {}, 0
-    for name, dtype, shape in tensors_of(config, table_dtype):
-        count = 1
-        for extent in shape:
-            count *= extent
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + count * (2 if dtype == "BF16" else 4)]}
-        end = header[name]["data_offsets"][1]
-    path = folder / "model.safetensors"
-    if path.exists() and path.stat().st_size > end and (folder / "config.json").read_text() == json.dumps(config):
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"making {path}, {end / 2**30:.2f} GiB", file=sys.stderr)
-    blob = json.dumps(header).encode()
-    blob += b" " * (-len(blob) % 8)
-    # Random mantissas under one exponent: finite values below 2^-6 in bf16 and f32 alike.
-    block = bytearray(os.urandom(CHUNK))
-    width = 2 if table_dtype == "BF16" else 4
-    block[width - 1 :: width] = bytes([0x3B]) * (CHUNK // width)
-    with open(path, "wb") as file:
-        file.write(len(blob).to_bytes(8, "little") + blob)
-        while end > 0:
-            file.write(block[: min(end, CHUNK)])
-            end -= CHUNK
-    (folder / "config.json").write_text(json.dumps(config))
-    return path
+    return synthetic_checkpoint.make_checkpoint(folder, config, args.table_dtype.upper())
 
 
 def read_once(path):

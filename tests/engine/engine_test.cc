@@ -803,6 +803,26 @@ TEST(EngineTest, APlanThatDoesNotFitSaysWhatWould) {
   EXPECT_TRUE(Engine::Create(options).ok()) << "the advice holds";
 }
 
+TEST(EngineTest, TheCacheTakesAPartOfWhatIsFreeBesideTheRest) {
+  EngineOptions options = Options("A");
+  options.memory_limit_bytes = 64 << 20;
+  options.kv_cache_fraction = 0.5;
+  const int64_t half = Start(options)->load().kv_pages_total;
+  options.kv_cache_fraction = 1;
+  const int64_t all = Start(options)->load().kv_pages_total;
+  EXPECT_NEAR(static_cast<double>(all), 2.0 * static_cast<double>(half), 1);
+  EXPECT_GT(all, 1000) << "of 24 KiB, with some 8 MiB for all else";
+  const auto error = [&](double fraction, int64_t bytes) {
+    options.kv_cache_fraction = fraction;
+    options.kv_cache_bytes = bytes;
+    return std::string(Engine::Create(options).status().message());
+  };
+  EXPECT_EQ(error(1.5, 0), "kv_cache_fraction: 1.5 is not in [0, 1]");
+  EXPECT_EQ(error(std::numeric_limits<double>::quiet_NaN(), 0), "kv_cache_fraction: nan is not in [0, 1]");
+  EXPECT_EQ(error(0.5, 1 << 20), "kv_cache_fraction: kv_cache_bytes says how much; give one of them");
+  EXPECT_THAT(error(1e-9, 0), HasSubstr("is less than one page, 24.0 KiB"));
+}
+
 TEST(EngineTest, ADryRunPlansAndStops) {
   EngineOptions options = Options("A");
   options.dry_run = true;

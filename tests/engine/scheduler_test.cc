@@ -122,6 +122,7 @@ TEST_F(SchedulerTest, AHigherPriorityGoesFirstAndMakesRoom) {
   EXPECT_EQ(low->planned, 0);
   EXPECT_TRUE(low->pages.empty());
   EXPECT_EQ(scheduler_.preemptions(), 1);
+  EXPECT_EQ(scheduler_.preempted(), 1);
   EXPECT_EQ(scheduler_.waiting(), 2) << "the older of equal priority waits before the newer: it does not fit";
 }
 
@@ -206,8 +207,12 @@ TEST_F(SchedulerTest, FollowersWaitForTheirLeadersPromptAndShareItsPages) {
 TEST_F(SchedulerTest, PromptsTakeNoMoreThanTheirLimitBesideDecodes) {
   scheduler_.Add(NewSequence({1, 2}, 5));
   scheduler_.Add(NewSequence({3, 4, 5, 6, 7, 8, 9}, 5));
-  Draw(scheduler_.Schedule(0, absl::Now(), 1), 50);
-  EXPECT_THAT(scheduler_.Schedule(1, absl::Now(), 1).batch.token_ids, ElementsAre(50, 7)) << "6 were taken where nothing decoded";
+  const StepTimes times(absl::ZeroDuration(), absl::Milliseconds(1), absl::ZeroDuration());  // 1.5 tokens beside one
+  Draw(scheduler_.Schedule(0, absl::Now(), times), 50);
+  const StepPlan plan = scheduler_.Schedule(1, absl::Now(), times);
+  EXPECT_THAT(plan.batch.token_ids, ElementsAre(50, 7)) << "6 were taken where nothing decoded";
+  EXPECT_EQ(plan.work.tokens, 2);
+  EXPECT_EQ(plan.work.keys, 3 + 5);
 }
 
 TEST_F(SchedulerTest, ScoredTokensFollowThoseThatSample) {
@@ -311,7 +316,7 @@ void RunModel(int seed, int events) {
       }
       if (random() % 40 == 0 && !alive.empty()) remove(alive[random() % alive.size()]);
       if (static_cast<int>(in_flight.size()) == depth) collect();
-      StepPlan plan = scheduler.Schedule(step++, absl::Now(), 1 + random() % 30);
+      StepPlan plan = scheduler.Schedule(step++, absl::Now(), StepTimes(absl::Seconds(1), absl::Seconds(1.5) / (1 + random() % 30), absl::ZeroDuration()));
       const Batch& batch = plan.batch;
       ASSERT_LE(batch.num_tokens(), 24);
       ASSERT_LE(scheduler.running(), 6);
@@ -367,6 +372,7 @@ void RunModel(int seed, int events) {
     while (!alive.empty()) remove(alive.back());
     EXPECT_EQ(cache.used(), 0);
     EXPECT_EQ(scheduler.waiting_tokens(), 0);
+    EXPECT_EQ(scheduler.preempted(), 0);
   }
 }
 

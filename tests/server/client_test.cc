@@ -1,12 +1,21 @@
 // The real memserve-client against a server in this process.
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
 #include <csignal>
+#include <cstdio>
+#include <fstream>
 #include <memory>
+#include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
+#include "engine/retry_after.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
@@ -306,6 +315,9 @@ TEST_F(ClientTest, WrongUsageIsOneLineAndStatusOne) {
       {{"complete", "x", "--masked_rows=1,"}, "--masked_rows is \"1,\"; it must be rows such as 17,1000"},
       {{"rows", "1", "--reset"}, "--reset means nothing to rows"},
       {{"repeat", "x", "--count=0"}, "--count must be at least 1"},
+      {{"load_test", "--concurrency=1,x"}, "--concurrency is \"1,x\"; it must be numbers apart by commas"},
+      {{"load_test", "--rates=0"}, "--concurrency, --rates and --load_factors must be more than 0"},
+      {{"load_test", "--streams=2"}, "--streams goes with --long_prompt_tokens"},
       {{"repeat", "x", "--max_tokens=1"}, "--max_tokens must be at least 2"},
   };
   for (const auto& [words, message] : cases) {
@@ -321,13 +333,101 @@ TEST_F(ClientTest, HelpNamesEveryCommandAndFlag) {
   const auto program = Run({"--help"});
   EXPECT_EQ(status_, 0);
   for (const char* word : {"complete", "score",   "tokenize",     "detokenize",        "model",         "load",      "tables",
-                           "abort",    "repeat",  "--address",    "--timeout_seconds", "--json",        "--add_bos", "--token_ids",
+                           "abort",    "repeat",  "load_test", "--load_factors", "--long_prompt_tokens", "--address",    "--timeout_seconds", "--json",        "--add_bos", "--token_ids",
                            "--memory", "--model", "--request_id", "--max_tokens",      "--temperature", "--top_k",   "--top_p",
                            "--seed",   "--stop",  "--ignore_eos", "--logprobs",        "--stats",       "--count",   "Examples",  "--chat",  "--system",
                            "  chat ",  "--allow_special", "  rows ", "  row-stats ", "  trace ", "--memory_knn", "--memory_layers", "--masked_rows", "--trace ", "--trace_entries",
                            "--trace_tokens", "--layer", "--top=", "--reset"}) {
     EXPECT_THAT(program->out(), HasSubstr(word));
   }
+}
+
+// Answers at once: three tokens, the first apart from the others.
+void AnswerThreeTokens(FakeEngine& engine, const FakeEngine::Generation& generation) {
+  generation.listener->OnDelta({.token_ids = {1}});
+  generation.listener->OnDelta({.token_ids = {2, 3}});
+  engine.End(generation, engine::Finished{.usage = {.prompt_tokens = 10, .cached_tokens = 5, .completion_tokens = 3}});
+}
+
+TEST_F(ClientTest, ALoadTestKeepsSoManyStreamsRunningAndCountsThem) {
+  std::mutex mutex;
+  size_t arrived = 0;
+  std::set<size_t> lengths;
+  std::vector<FakeEngine::Generation> held;  // in the second point nobody is answered before two are there
+  engine_->on_generate = [&](const FakeEngine::Generation& generation) {
+    const std::lock_guard lock(mutex);
+    lengths.insert(std::get<std::vector<int32_t>>(generation.request.prompt).size());
+    EXPECT_TRUE(generation.request.stop.ignore_eos);
+    held.push_back(generation);
+    if (++arrived > 20 && held.size() < 2) return;
+    for (const FakeEngine::Generation& each : std::exchange(held, {})) AnswerThreeTokens(*engine_, each);
+  };
+  const std::string file = absl::StrCat(::testing::TempDir(), "/load_", getpid(), ".json");
+  auto program = Run({"load_test", "--concurrency=1,2", "--requests=20", "--prompt_tokens=10", "--output_tokens=3",
+                      "--timeout_seconds=20", "--json", absl::StrCat("--json_file=", file)});
+  EXPECT_EQ(status_, 0) << program->error();
+  EXPECT_GE(*lengths.begin(), 5);
+  EXPECT_LE(*lengths.rbegin(), 15);
+  EXPECT_GT(lengths.size(), 2);
+  const auto report = nlohmann::json::parse(std::ifstream(file));
+  std::remove(file.c_str());
+  ASSERT_EQ(report.at("points").size(), 2);
+  for (const auto& point : report.at("points")) {
+    EXPECT_EQ(point.at("sent"), 20);
+    EXPECT_EQ(point.at("done"), 20);
+    EXPECT_EQ(point.at("good"), 20);
+    EXPECT_EQ(point.at("failed"), 0);
+    EXPECT_EQ(point.at("cached_share"), 0.5);
+    EXPECT_NEAR(point.at("output_tokens_per_second"), 3 * point.at("requests_per_second").get<double>(), 1e-6);
+    EXPECT_GT(point.at("ttft_ms").at("p50"), 0);
+    EXPECT_TRUE(point.at("refusal_ms").is_null());
+  }
+  EXPECT_EQ(report["points"][0], nlohmann::json::parse(program->out().substr(0, program->out().find('\n'))));
+}
+
+TEST_F(ClientTest, ALoadTestTellsRefusedFromFailedAndExpired) {
+  std::atomic<int> count = 0;
+  engine_->on_generate = [&](const FakeEngine::Generation& generation) {
+    absl::Status refused = absl::ResourceExhaustedError("max_waiting");
+    engine::SetRetryAfter(absl::Milliseconds(250), &refused);
+    switch (count++ % 4) {
+      case 0: return engine_->End(generation, refused);
+      case 1: return engine_->End(generation, absl::InternalError("broken"));
+      case 2: return engine_->End(generation, absl::DeadlineExceededError("too late"));
+      default: return AnswerThreeTokens(*engine_, generation);
+    }
+  };
+  auto program = Run({"load_test", "--concurrency=1", "--requests=8", "--json"});
+  EXPECT_EQ(status_, 0) << program->error();
+  const auto point = nlohmann::json::parse(program->out());
+  EXPECT_EQ(point.at("sent"), 8);
+  EXPECT_EQ(point.at("done"), 2);
+  EXPECT_EQ(point.at("refused"), 2);
+  EXPECT_EQ(point.at("expired"), 2);
+  EXPECT_EQ(point.at("failed"), 2);
+  EXPECT_THAT(point.at("failure").get<std::string>(), HasSubstr("broken"));
+  EXPECT_EQ(point.at("retry_after_ms").at("max"), 250);
+  EXPECT_LT(point.at("refusal_ms").at("p50"), 10'000);
+}
+
+TEST_F(ClientTest, ALoadTestsArrivalsDoNotWaitForAnswers) {
+  std::mutex mutex;
+  size_t arrived = 0;
+  std::vector<FakeEngine::Generation> held;  // nobody is answered before ten are there
+  engine_->on_generate = [&](const FakeEngine::Generation& generation) {
+    const std::lock_guard lock(mutex);
+    held.push_back(generation);
+    if (++arrived < 10) return;
+    for (const FakeEngine::Generation& each : std::exchange(held, {})) AnswerThreeTokens(*engine_, each);
+  };
+  auto program = Run({"load_test", "--rates=100", "--seconds=0.5", "--ttft_slo_ms=0.001", "--timeout_seconds=20", "--json"});
+  EXPECT_EQ(status_, 0) << program->error();
+  const auto point = nlohmann::json::parse(program->out());
+  EXPECT_GT(point.at("sent"), 20);
+  EXPECT_EQ(point.at("done"), point.at("sent"));
+  EXPECT_EQ(point.at("good"), 0);  // none within a microsecond
+  EXPECT_EQ(point.at("goodput_tokens_per_second"), 0);
+  EXPECT_EQ(point.at("offered_requests_per_second"), 100);
 }
 
 }  // namespace

@@ -259,7 +259,7 @@ TEST_F(ProgramTest, HelpIsCompleteAndEndsWithZero) {
         "weight_dtype",       "activation_dtype", "table_dtype",   "kv_dtype",      "kv_cache_bytes",    "kv_page_size",
         "max_context_tokens", "max_batch_tokens", "max_sequences", "max_waiting",   "max_prompt_bytes",  "dry_run",
         "memory_limit_bytes", "grpc_address",     "port_file",     "drain_seconds", "stall_seconds", "convert_cache", "max_message_bytes", "max_unread_bytes",
-        "log_json",           "log_level",        "allow_public",  "flagfile"}) {
+        "log_json",           "log_level",        "log_load_seconds", "kv_cache_fraction",        "allow_public",  "flagfile"}) {
     EXPECT_THAT(program.out(), HasSubstr(absl::StrCat("  --", flag)));
   }
 }

@@ -59,6 +59,7 @@ TEST(OptionsTest, EveryFlagReachesItsOption) {
                              "--max_message_bytes=120000",
                              "--max_unread_bytes=130000",
                              "--log_level=debug",
+                             "--log_load_seconds=3",
                              "--log_json"});
   ASSERT_TRUE(options.ok()) << options.status();
   const engine::EngineOptions& engine = options->engine;
@@ -94,6 +95,7 @@ TEST(OptionsTest, EveryFlagReachesItsOption) {
   EXPECT_EQ(server.max_message_bytes, 120000);
   EXPECT_EQ(server.max_unread_bytes, 130000);
   EXPECT_EQ(server.log_level, "debug");
+  EXPECT_EQ(server.log_load_seconds, 3);
   EXPECT_TRUE(server.log_json);
 }
 
@@ -128,6 +130,7 @@ TEST(OptionsTest, AFlagOutOfRangeIsNamedWithValueAndLimit) {
       {"--stall_seconds=0", "--stall_seconds", "0", "1"},
       {"--max_message_bytes=0", "--max_message_bytes", "0", "1024"},
       {"--max_unread_bytes=0", "--max_unread_bytes", "0", "1024"},
+      {"--log_load_seconds=-1", "--log_load_seconds", "-1", "0"},
       {"--log_level=loud", "--log_level", "loud", "debug"},
       {"--devices=0,x", "--devices", "0,x", "0,1"},
       {"--devices=-1", "--devices", "-1", "0,1"},
