@@ -616,7 +616,9 @@ void EngineImpl::Collect() {
     if (sequence->ended) continue;
     TokenTrace trace = TraceOf(*result, static_cast<int64_t>(i), plan.batch.num_traced(), sequence->trace, config_.memory);
     trace.position = static_cast<int32_t>(position);
-    trace.token_id = sequence->tokens[position];
+    // A guess whose draw did not confirm it is computed again at its place, and replaced.
+    trace.token_id = position < static_cast<int64_t>(sequence->tokens.size()) ? sequence->tokens[position]
+                                                                               : plan.batch.token_ids[plan.batch.traced_tokens[i]];
     sequence->trace.Add(std::move(trace));
   }
   OnScored(plan, *result);

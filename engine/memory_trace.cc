@@ -69,7 +69,7 @@ absl::StatusOr<SequenceTrace> Resolve(const MemoryTraceParams& params, const Mem
   if (positions <= fit) return trace;
   return Bad("", absl::StrCat(positions, " tokens of ", trace.layers.size(), " layers, ", config.mem_heads, " heads and ",
                               trace.entries, " entries are ", positions * of_token, " entries; at most ", max_entries,
-                              " are told of a request (", fit, " tokens)"));
+                              " are told (", fit, " tokens)"));
 }
 
 TokenTrace TraceOf(const StepResult& result, int64_t index, int64_t num_traced, const SequenceTrace& sequence,

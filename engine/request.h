@@ -111,7 +111,7 @@ struct GenerateRequest {
   std::optional<int32_t> prompt_logprobs;  // the prompt's too, and beside each so many of the likeliest; at most 20
   bool echo = false;                       // the prompt's tokens and text
   bool token_bytes = false;
-  std::optional<SpeculationParams> speculation;  // unset: none; none with memory_trace either
+  std::optional<SpeculationParams> speculation;  // unset: none
   std::optional<MemoryTraceParams> memory_trace;
   std::optional<StructuredOutput> structured;
   SchedulingParams scheduling;

@@ -169,11 +169,7 @@ absl::StatusOr<std::shared_ptr<Sequence>> RequestBuilder::BuildChoice(const Gene
   }
   s.top_logprobs = request.top_logprobs;
   s.chosen_logprobs = request.logprob_token_ids;
-  if (request.memory_trace) {
-    LOAD_OR_RETURN(s.trace, Resolve(*request.memory_trace, context_.config.memory, s.prompt_tokens, s.max_draws, context_.options.max_trace_entries));
-  }
-  // What a trace tells is that of tokens that were drawn: it does not guess.
-  if (request.speculation && !request.memory_trace) s.drafts = Drafts(*request.speculation);
+  if (request.speculation) s.drafts = Drafts(*request.speculation);
   s.priority = request.scheduling.priority;
   return sequence;
 }
@@ -197,6 +193,11 @@ absl::StatusOr<RequestBuilder::Built> RequestBuilder::Build(const GenerateReques
     s.control = control;
     s.seed = seed;
     s.choice = choice;
+    if (request.memory_trace) {
+      MemoryTraceParams trace = *request.memory_trace;
+      if (choice > 0) trace.prompt_tokens = 0;  // the first tells of the prompt for all
+      LOAD_OR_RETURN(s.trace, Resolve(trace, context_.config.memory, s.prompt_tokens, s.max_draws, context_.options.max_trace_entries / choices));
+    }
     if (choice > 0) s.leader = built.sequences.front();
     s.chain.root = choice > 0 ? s.leader->chain.root : ChainRoot(request.scheduling, s.memory, control->id);
     if (choice == 0 && request.prompt_logprobs && prompt.size() > 1) {

@@ -191,13 +191,18 @@ TEST(MemoryTraceTest, ATraceIsTheSameHoweverStepsAreCut) {
       ASSERT_EQ(expected.back().memory_traces.empty(), !request.memory_trace.has_value());
     }
   }
-  for (const auto& [name, batch_tokens, depth, cache_bytes] :
-       std::vector<std::tuple<std::string, int, int, int64_t>>{{"together", 512, 1, 0},
-                                                               {"one token a step", 1, 1, 0},
-                                                               {"small chunks", 7, 1, 0},
-                                                               {"two steps in flight", 9, 2, 0},
-                                                               {"preempted", 64, 1, 1 << 18},
-                                                               {"preempted, two in flight", 9, 2, 1 << 18}}) {
+  for (const auto& [name, batch_tokens, depth, cache_bytes, speculative] :
+       std::vector<std::tuple<std::string, int, int, int64_t, bool>>{{"together", 512, 1, 0, false},
+                                                                     {"one token a step", 1, 1, 0, false},
+                                                                     {"small chunks", 7, 1, 0, false},
+                                                                     {"two steps in flight", 9, 2, 0, false},
+                                                                     {"preempted", 64, 1, 3 << 16, false},
+                                                                     {"preempted, two in flight", 9, 2, 3 << 16, false},
+                                                                     {"speculative", 512, 1, 0, true},
+                                                                     {"speculative, preempted, two in flight", 30, 2, 3 << 16, true}}) {
+    if (speculative) {
+      for (GenerateRequest& request : requests) request.speculation = SpeculationParams{.min_ngram = 1};
+    }
     options.max_batch_tokens = batch_tokens;
     options.step_depth = depth;
     options.kv_cache_bytes = cache_bytes;
@@ -214,6 +219,34 @@ TEST(MemoryTraceTest, ATraceIsTheSameHoweverStepsAreCut) {
     else
       EXPECT_GT(engine->load().cached_tokens, 0);
   }
+}
+
+TEST(MemoryTraceTest, EachChoiceHasItsOwnTracesAndTheFirstThoseOfThePrompt) {
+  const GoldenCase golden = LoadGolden("A");
+  EngineOptions options = ParityOptions(golden.checkpoint);
+  std::unique_ptr<Engine> engine = Start(options);
+  GenerateRequest request = Request(LongPrompt(40), 5, {.prompt_tokens = 4});
+  request.sampling = {.temperature = 1.0f, .seed = 3u};
+  request.n = 3;
+  const auto all = [&] {
+    auto collector = std::make_shared<testing::Collector>();
+    engine->Generate(request, collector);
+    return collector->WaitForAll();
+  };
+  const std::vector<Generated> choices = all();
+  ASSERT_EQ(choices.size(), 3u);
+  EXPECT_THAT(PositionsOf(choices[0]), ElementsAre(36, 37, 38, 39, 40, 41, 42, 43));
+  for (const Generated& choice : choices) {
+    const size_t before = choice.memory_traces.size() - 5;
+    EXPECT_EQ(choice.memory_traces[before], choices[0].memory_traces[3]) << "of the pass that all of them are drawn from";
+    for (size_t i = 0; i < 4; ++i) EXPECT_EQ(choice.memory_traces[before + 1 + i].token_id, choice.token_ids[i]);
+  }
+  EXPECT_THAT(PositionsOf(choices[2]), ElementsAre(39, 40, 41, 42, 43));
+
+  options.max_trace_entries = 3 * 2 * 2 * engine->model().mem_heads * engine->model().mem_knn;
+  engine = Start(options);
+  request.memory_trace = MemoryTraceParams{};
+  for (const Generated& choice : all()) EXPECT_EQ(choice.memory_traces.size(), 2u) << "the bound is shared";
 }
 
 TEST(MemoryTraceTest, WrongTracesAndTooLargeOnesNameTheLimit) {
@@ -237,7 +270,7 @@ TEST(MemoryTraceTest, WrongTracesAndTooLargeOnesNameTheLimit) {
   EXPECT_EQ(error({.tokens = 10}), "");
   EXPECT_EQ(error({.tokens = 11}), "memory_trace: 11 tokens of 2 layers, " + std::to_string(heads) + " heads and " + all +
                                        " entries are " + std::to_string(11 * of_token) + " entries; at most " +
-                                       std::to_string(10 * of_token + 1) + " are told of a request (10 tokens)");
+                                       std::to_string(10 * of_token + 1) + " are told (10 tokens)");
   EXPECT_EQ(error({.tokens = 3, .prompt_tokens = 8}), "");
   EXPECT_THAT(error({.tokens = 4, .prompt_tokens = 8}), ::testing::HasSubstr("11 tokens of 2 layers"));
   EXPECT_EQ(error({.tokens = 20, .entries = knn / 2}), "");
