@@ -185,6 +185,13 @@ TEST_F(BadInputTest, GrammarsThatExplodeFailAlone) {
     may_compile.push_back(false);
   };
   add([](auto& s) { s.set_regex("((((a{1,1000}){1,1000}){1,1000}){1,1000}b)"); });
+  add([](auto& s) { s.set_regex("a{1,100000}"); });
+  for (const size_t regex : {0, 1}) may_compile[regex] = true;  // with a vocabulary as small as this one
+  add([](auto& s) {
+    std::string properties;
+    for (int i = 0; i < 300; ++i) absl::StrAppend(&properties, i == 0 ? "" : ",", "\"p", i, "\":{\"type\":\"string\",\"maxLength\":1000000}");
+    s.set_json_schema("{\"type\":\"object\",\"properties\":{" + properties + "}}");
+  });
   add([](auto& s) { s.set_regex(std::string(30'000, '(') + "a" + std::string(30'000, ')')); });
   add([](auto& s) {
     std::string list = "[";
@@ -196,7 +203,7 @@ TEST_F(BadInputTest, GrammarsThatExplodeFailAlone) {
     for (int i = 0; i < 40; ++i) grammar += absl::StrCat("r", i, " ::= r", i + 1, " r", i + 1, " | r", i + 1, " \"a\"\n");
     s.set_grammar(grammar + "r40 ::= \"x\"{0,100000}\n");
   });
-  may_compile.back() = true;  // it is not written out
+  may_compile.back() = true;
   add([](auto& s) { s.set_grammar("root ::= root root | \"a\"\n"); });
   may_compile.back() = true;  // ambiguous, and yet small
   add([](auto& s) { s.set_grammar("root ::= root root | root\n"); });
@@ -209,6 +216,7 @@ TEST_F(BadInputTest, GrammarsThatExplodeFailAlone) {
   for (size_t i = 0; i < bombs.size(); ++i) {
     threads.emplace_back([&, i] {
       const Heard heard = Generate(*stub_, bombs[i]);
+      SCOPED_TRACE(bombs[i].structured().ShortDebugString().substr(0, 60));
       if (may_compile[i] && heard.status.ok()) return;
       EXPECT_EQ(heard.status.error_code(), grpc::StatusCode::INVALID_ARGUMENT) << heard.status.error_message();
       EXPECT_THAT(heard.status.error_message(), HasSubstr("structured.")) << heard.status.error_message();
