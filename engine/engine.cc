@@ -609,7 +609,7 @@ void EngineImpl::Collect() {
   phases_.sample = static_cast<float>(result->sample_seconds);
   last_step_ = now - std::max(step_begin_, collected_);
   collected_ = now;
-  step_times_.Add(plan.work, last_step_);
+  step_times_.Add(plan.work, last_step_, plan.only_decodes);
   prompt_tokens_ += plan.prompt_tokens;
   for (size_t i = 0; i < plan.traced.size(); ++i) {
     const auto& [sequence, position] = plan.traced[i];

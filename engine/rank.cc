@@ -114,6 +114,13 @@ absl::StatusOr<std::unique_ptr<Rank>> Rank::Load(const ModelConfig& config, cons
   RankPlan plan;
   LOAD_OR_RETURN(std::unique_ptr<Rank> rank, Build(config, shard, checkpoint, options, loader, *workspace, backend.get(), plan));
   if (absl::Status s = loader.Run(options.loader_threads); !s.ok()) return s;
+  // What a small model needs is there at its first step.
+  std::vector<std::pair<void*, int64_t>> pages;
+  for (const kernels::KvPages& layer : rank->pages_) {
+    if (layer.bytes_each() < (int64_t{4} << 20)) continue;
+    pages.insert(pages.end(), {{layer.keys, layer.bytes_each()}, {layer.values, layer.bytes_each()}});
+  }
+  if (!pages.empty()) backend->MakeReady(std::move(pages));
   rank->loaded_ = {.read_bytes = loader.read_bytes(), .not_finite = loader.not_finite()};
   rank->workspace_ = std::move(workspace);
   rank->backend_ = std::move(backend);

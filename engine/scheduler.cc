@@ -193,6 +193,7 @@ StepPlan Scheduler::Schedule(int64_t step, absl::Time now, const StepTimes& time
   for (const Planned& p : planned) {
     plan.batch.pages_per_sequence = std::max<int64_t>(plan.batch.pages_per_sequence, static_cast<int64_t>(p.sequence->pages.size()));
   }
+  plan.only_decodes = plan.work.tokens == decodes.tokens;
   for (const Planned& p : planned) PlanTokens(p, step, now, plan);
 
   OrderSlots(plan);

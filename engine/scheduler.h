@@ -44,6 +44,7 @@ struct StepPlan {
   };
   std::vector<Traced> traced;                      // beside batch.traced_tokens
   int64_t prompt_tokens = 0;                       // in this batch
+  bool only_decodes = false;
   StepWork work;                                   // of the whole batch
 };
 

@@ -31,7 +31,8 @@ class StepTimes {
   // Known from the start: for tests.
   StepTimes(absl::Duration base, absl::Duration token, absl::Duration key);
 
-  void Add(const StepWork& work, absl::Duration duration);
+  // `only_decodes`: no token of a prompt was among them.
+  void Add(const StepWork& work, absl::Duration duration, bool only_decodes = false);
 
   bool known() const { return known_; }  // whether a step was measured
   absl::Duration Expected(const StepWork& work) const;
@@ -42,10 +43,14 @@ class StepTimes {
   absl::Duration PromptToken() const { return absl::Seconds(cost_[1]); }
 
  private:
-  static constexpr double kLongest = 2.5;
+  static constexpr double kLongest = 2.0;
   static constexpr int kCosts = 3;  // base, token, key
 
+  double DecodeSeconds(const StepWork& decodes) const;
+
   bool known_ = false;
+  StepWork last_decodes_;      // the last step that only decoded, and
+  double decode_seconds_ = 0;  // what such steps took lately
   std::array<double, kCosts> cost_ = {};                           // seconds
   std::array<std::array<double, kCosts>, kCosts> covariance_ = {};  // of what is not known of them
 };

@@ -11,6 +11,7 @@
 #include "kernels/backend.h"
 #include "kernels/cpu/functions.h"
 #include "kernels/cpu/host_memory.h"
+#include "kernels/cpu/prefault.h"
 #include "kernels/cpu/row_store.h"
 #include "kernels/cpu/targets.h"
 #include "kernels/cpu/weight_matrix.h"
@@ -70,6 +71,7 @@ class CpuBackend final : public Backend {
   void MatMul(const MatMulArgs& args) override;
   void Rope(const RopeArgs& args) override;
   void KvWrite(const KvWriteArgs& args) override;
+  void MakeReady(std::vector<std::pair<void*, int64_t>> ranges) override { prefault_ = std::make_unique<Prefault>(std::move(ranges)); }
   void KvCopy(const KvCopyArgs& args) override;
   void Attention(const AttentionArgs& args) override;
   void SiluProduct(const SiluProductArgs& args) override;
@@ -93,6 +95,7 @@ class CpuBackend final : public Backend {
   }
 
   Context context_;
+  std::unique_ptr<Prefault> prefault_;
   Functions functions_{};
   const std::string isa_;
 };

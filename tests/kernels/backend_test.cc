@@ -76,5 +76,21 @@ TEST(CpuBackendTest, HasTheThreadsAskedFor) {
   EXPECT_GE(Make({"cpu", 0})->threads(), 1);
 }
 
+TEST_P(BackendTest, MakingMemoryReadyKeepsWhatIsInIt) {
+  constexpr int64_t kBytes = 9 << 20;
+  const DeviceBuffer first = *backend().Allocate(kBytes, "test"), second = *backend().Allocate(kBytes / 2, "test");
+  const std::vector<char> written(kBytes, 'x');
+  backend().CopyToDevice(first.address(), written.data(), kBytes / 2);
+  backend().MakeReady({{first.address(), kBytes}, {second.address(), kBytes / 2}});
+  backend().CopyToDevice(static_cast<char*>(first.address()) + kBytes / 2, written.data(), kBytes - kBytes / 2);
+  std::vector<char> read(kBytes);
+  for (int round = 0; round < 20; ++round) {
+    backend().CopyToHost(read.data(), first.address(), kBytes);
+    ASSERT_EQ(read, written);
+  }
+  backend().CopyToHost(read.data(), second.address(), kBytes / 2);
+  EXPECT_EQ(std::count(read.begin(), read.begin() + kBytes / 2, 0), kBytes / 2);
+}
+
 }  // namespace
 }  // namespace memserve::kernels
