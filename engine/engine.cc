@@ -83,6 +83,7 @@ class EngineImpl final : public Engine {
       grammars_ = std::make_unique<GrammarCompiler>(
           GrammarCompilerOptions{.worker = options_.grammar_worker,
                                  .timeout = absl::Milliseconds(options_.grammar_timeout_ms),
+                                 .mask_timeout = grammar_mask_timeout_,
                                  .memory_bytes = options_.grammar_memory_bytes,
                                  .most_bytes = kMostGrammarBytes,
                                  .cache_bytes = options_.grammar_cache_bytes},

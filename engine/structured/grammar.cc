@@ -4,6 +4,7 @@
 #include <ctime>
 #include <exception>
 #include <new>
+#include <random>
 #include <set>
 #include <stdexcept>
 #include <utility>
@@ -11,6 +12,7 @@
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "engine/tokenizer/utf8.h"
 #include "engine/validate.h"
 
@@ -56,6 +58,34 @@ absl::Status Validate(const StructuredOutput& structured) {
   }
   if (bytes <= kMaxStructuredBytes) return absl::OkStatus();
   return Bad(structured, absl::StrCat("has ", bytes, " bytes; at most ", kMaxStructuredBytes, " are accepted"));
+}
+
+absl::Status TryGrammar(const Grammar& grammar, int vocab_size, absl::Duration limit) {
+  constexpr int kTexts = 2;
+  constexpr int kMostTokens = 128;
+  constexpr int kMostLimits = 5;  // of time, for all of it
+  std::mt19937 random(1);
+  const absl::Time begin = absl::Now();
+  for (int text = 0; text < kTexts; ++text) {
+    const std::unique_ptr<GrammarMatcher> matcher = grammar.NewMatcher();
+    if (matcher == nullptr) return absl::ResourceExhaustedError("it needs too much memory");
+    std::vector<int32_t> drawn, next;
+    while (drawn.size() < kMostTokens && absl::Now() - begin < kMostLimits * limit) {
+      const bool matches = matcher->MoveTo(drawn);
+      const std::vector<uint32_t>& allowed = matcher->Allowed();
+      if (matcher->slowest() > limit) {
+        return absl::InvalidArgumentError(absl::StrCat("finding out what may come next took more than ", absl::FormatDuration(limit),
+                                                       " for one token (--grammar_mask_timeout_ms)"));
+      }
+      next.clear();
+      for (int32_t id = 0; id < vocab_size; ++id) {
+        if ((allowed[id / 32] >> (id % 32) & 1) != 0) next.push_back(id);
+      }
+      if (!matches || next.empty()) break;
+      drawn.push_back(next[random() % next.size()]);
+    }
+  }
+  return absl::OkStatus();
 }
 
 #ifndef MEMSERVE_STRUCTURED

@@ -65,4 +65,8 @@ absl::StatusOr<std::string> CompileGrammar(const GrammarVocabulary& vocabulary, 
 absl::StatusOr<std::shared_ptr<const Grammar>> ReadGrammar(std::shared_ptr<const GrammarVocabulary> vocabulary, StructuredOutput::Kind kind,
                                                            const std::string& compiled);
 
+// Follows a few random texts of a compiled grammar: what is ambiguous may take minutes for a single mask, which nothing can interrupt but the
+// end of the process. INVALID_ARGUMENT: a token took more than `limit`.
+absl::Status TryGrammar(const Grammar& grammar, int vocab_size, absl::Duration limit);
+
 }  // namespace memserve::engine

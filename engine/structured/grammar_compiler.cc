@@ -93,7 +93,8 @@ absl::StatusOr<std::shared_ptr<const Grammar>> GrammarCompiler::CompileNow(const
   if (worker_ == nullptr) {
     absl::StatusOr<std::unique_ptr<WorkerProcess>> worker =
         WorkerProcess::Start(options_.worker.empty() ? FindWorker() : options_.worker,
-                             {absl::StrCat(options_.memory_bytes), absl::StrCat(options_.most_bytes)});
+                             {absl::StrCat(options_.memory_bytes), absl::StrCat(options_.most_bytes),
+                              absl::StrCat(absl::ToInt64Milliseconds(options_.mask_timeout))});
     if (!worker.ok()) return worker.status();
     const absl::StatusOr<std::string> ready = (*worker)->Ask(vocabulary_frame_, kStartTimeout, kMostMessageBytes, wanted);
     if (!ready.ok()) {
@@ -111,7 +112,8 @@ absl::StatusOr<std::shared_ptr<const Grammar>> GrammarCompiler::CompileNow(const
     if (absl::IsCancelled(answer.status())) return closing_ ? absl::UnavailableError("the server is stopping") : answer.status();
     if (absl::IsDeadlineExceeded(answer.status())) {
       return absl::DeadlineExceededError(
-          absl::StrCat(field, ": takes more than ", absl::FormatDuration(options_.timeout), " of processor time to compile (--grammar_timeout_ms)"));
+          absl::StrCat(field, ": takes more than ", absl::FormatDuration(options_.timeout),
+                       " of processor time to compile and to try (--grammar_timeout_ms)"));
     }
     return absl::InvalidArgumentError(absl::StrCat(field, ": cannot be compiled: it is nested too deeply or needs too much memory"));
   }

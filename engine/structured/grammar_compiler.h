@@ -23,6 +23,7 @@ namespace memserve::engine {
 struct GrammarCompilerOptions {
   std::string worker;               // the program; empty: see FindWorker
   absl::Duration timeout;           // for one grammar
+  absl::Duration mask_timeout;      // for one token, as it is tried
   int64_t memory_bytes = 0;         // of the worker's address space
   int64_t most_bytes = 0;           // of one compiled grammar, as the worker sends it
   int64_t cache_bytes = 0;          // of those that are kept

@@ -6,6 +6,7 @@
 #include <set>
 #include <thread>
 
+#include "absl/strings/str_cat.h"
 #include "engine/engine.h"
 #include "engine/structured/grammar.h"
 #include "nlohmann/json.hpp"
@@ -220,6 +221,64 @@ TEST_F(StructuredTest, WhatCannotBeParsedIsAnErrorOfOneLine) {
   expect({.kind = Kind::kChoice, .choices = std::vector<std::string>(1025, "a")}, "structured.choice: has 1025 texts; 1 to 1024 are accepted");
   expect({.kind = Kind::kChoice, .choices = {"a", ""}}, "structured.choice: text 1 is empty");
   EXPECT_EQ(Generate(*engine, Request({.kind = Kind::kRegex, .text = "[xy]"}, 1)).text.size(), 1u);
+}
+
+// Each rule may be empty, and is made of others that may be: 150 of them take many seconds to compile.
+std::string Bomb(int rules) {
+  std::string grammar = "root ::= r0\n";
+  for (int i = 0; i < rules; ++i) {
+    absl::StrAppend(&grammar, "r", i, " ::= \"\" | \"a\"");
+    for (int j = 0; j < rules; j += 7) absl::StrAppend(&grammar, " | r", j, " r", (7 * j + 3) % rules);
+    grammar += "\n";
+  }
+  return grammar;
+}
+
+TEST_F(StructuredTest, AWorkerThatTakesTooLongIsKilledAndStartedAgain) {
+  EngineOptions options = Options("A");
+  options.grammar_timeout_ms = 500;
+  const std::unique_ptr<Engine> engine = Start(options);
+  GenerateRequest plain = Request({}, 5, 30);
+  plain.structured.reset();
+  plain.stop.ignore_eos = true;
+  const Generated usual = Generate(*engine, plain);
+  const StructuredOutput valid = {.kind = Kind::kJsonSchema,
+                                  .text = R"({"type":"object","properties":{"a":{"type":"boolean"}},"required":["a"]})"};
+  for (const int rules : {150, 151}) {  // the second one asks a worker that was started again
+    const auto bomb = std::make_shared<Collector>();
+    const absl::Time begin = absl::Now();
+    engine->Generate(Request({.kind = Kind::kGrammar, .text = Bomb(rules)}, 1), bomb);
+    // Others go on meanwhile.
+    EXPECT_EQ(Generate(*engine, plain), usual);
+    EXPECT_EQ(engine->load().requests, 1) << "the grammar was compiled too soon to prove anything";
+    EXPECT_EQ(bomb->Wait().finished.status(),
+              absl::InvalidArgumentError(
+                  "structured.grammar: takes more than 500ms of processor time to compile and to try (--grammar_timeout_ms)"));
+    EXPECT_LT(absl::Now() - begin, absl::Seconds(5));
+    const Generated generated = Generate(*engine, Request(valid, 3));
+    ASSERT_TRUE(generated.finished.ok()) << generated.finished.status();
+    if (generated.finished->reason == FinishReason::kStop) EXPECT_TRUE(nlohmann::json::accept(generated.text)) << generated.text;
+  }
+  EXPECT_EQ(Generate(*engine, plain), usual);
+  ExpectNoPagesLeft(*engine);
+}
+
+// Compiled in little time, and then each mask takes several times as long as the one before.
+TEST_F(StructuredTest, AnAmbiguousGrammarStallsNobody) {
+  EngineOptions options = Options("A");
+  options.grammar_timeout_ms = 1000;
+  options.grammar_mask_timeout_ms = 50;
+  const std::unique_ptr<Engine> engine = Start(options);
+  const absl::Time begin = absl::Now();
+  const absl::Status status = Error(*engine, {.kind = Kind::kGrammar, .text = Bomb(70)});
+  EXPECT_TRUE(absl::IsInvalidArgument(status)) << status;
+  EXPECT_THAT(std::string(status.message()), ::testing::AnyOf(HasSubstr("(--grammar_timeout_ms)"), HasSubstr("(--grammar_mask_timeout_ms)")));
+  EXPECT_LT(absl::Now() - begin, absl::Seconds(5));
+  EXPECT_EQ(engine->load().steps, 0) << "the engine thread had to find out";
+  EXPECT_EQ(Generate(*engine, Request({.kind = Kind::kRegex, .text = "[xy]"}, 1)).text.size(), 1u);
+  // Ambiguous, and yet followed at ease.
+  EXPECT_TRUE(Error(*engine, {.kind = Kind::kGrammar, .text = "root ::= root root | \"a\""}).ok());
+  ExpectNoPagesLeft(*engine);
 }
 
 }  // namespace

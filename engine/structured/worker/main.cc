@@ -1,6 +1,6 @@
-// memserve-grammar MEMORY_BYTES MOST_BYTES: compiles grammars for an engine, which is at the other end of the socket that is its
-// standard input. A process of its own, so that one that takes too much time or memory can be killed. First frame: the vocabulary; then
-// one for each grammar, answered by one.
+// memserve-grammar MEMORY_BYTES MOST_BYTES MASK_TIMEOUT_MS: compiles grammars, and tries them, for an engine, which is at the other end of
+// the socket that is its standard input. A process of its own, so that one that takes too much time or memory can be killed. First frame:
+// the vocabulary; then one for each grammar, answered by one.
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -52,23 +52,31 @@ bool WriteFrame(GrammarAnswer answer, const std::string& text) {
   return true;
 }
 
-bool Answer(const GrammarVocabulary& vocabulary, const std::string& frame, size_t most_bytes) {
+bool Answer(const std::shared_ptr<const GrammarVocabulary>& vocabulary, int vocab_size, const std::string& frame, size_t most_bytes,
+            absl::Duration mask_timeout) {
   const std::optional<std::vector<std::string>> texts = SplitTexts(frame);
   if (!texts || texts->size() < 2 || (*texts)[0].size() != 1) return false;
   StructuredOutput structured = {.kind = static_cast<StructuredOutput::Kind>((*texts)[0][0]), .text = (*texts)[1]};
   structured.choices.assign(texts->begin() + 2, texts->end());
-  const absl::StatusOr<std::string> compiled = CompileGrammar(vocabulary, structured);
+  const absl::StatusOr<std::string> compiled = CompileGrammar(*vocabulary, structured);
   if (absl::IsResourceExhausted(compiled.status())) return WriteFrame(GrammarAnswer::kTooLarge, "");
   if (!compiled.ok()) return WriteFrame(GrammarAnswer::kInvalid, std::string(compiled.status().message()));
   if (compiled->size() > most_bytes) {
     return WriteFrame(GrammarAnswer::kInvalid, absl::StrCat("compiles to ", compiled->size(), " bytes; at most ", most_bytes, " are accepted"));
   }
+  const absl::StatusOr<std::shared_ptr<const Grammar>> grammar = ReadGrammar(vocabulary, structured.kind, *compiled);
+  if (!grammar.ok()) return WriteFrame(GrammarAnswer::kTooLarge, "");
+  const absl::Status tried = TryGrammar(**grammar, vocab_size, mask_timeout);
+  if (absl::IsResourceExhausted(tried)) return WriteFrame(GrammarAnswer::kTooLarge, "");
+  if (!tried.ok()) return WriteFrame(GrammarAnswer::kInvalid, std::string(tried.message()));
   return WriteFrame(GrammarAnswer::kCompiled, *compiled);
 }
 
 int Run(int argc, char** argv) {
   uint64_t memory_bytes = 0, most_bytes = 0;
-  if (argc != 3 || !absl::SimpleAtoi(argv[1], &memory_bytes) || !absl::SimpleAtoi(argv[2], &most_bytes)) {
+  int64_t mask_timeout_ms = 0;
+  if (argc != 4 || !absl::SimpleAtoi(argv[1], &memory_bytes) || !absl::SimpleAtoi(argv[2], &most_bytes) ||
+      !absl::SimpleAtoi(argv[3], &mask_timeout_ms)) {
     std::fputs("memserve-grammar is started by memserve; it is of no use by itself\n", stderr);
     return 2;
   }
@@ -81,13 +89,15 @@ int Run(int argc, char** argv) {
   if (!ReadFrame(&frame)) return 0;
   const std::optional<std::vector<std::string>> tokens = SplitTexts(frame);
   if (!tokens) return 1;
-  const absl::StatusOr<std::unique_ptr<GrammarVocabulary>> vocabulary = GrammarVocabulary::New(*tokens);
+  absl::StatusOr<std::unique_ptr<GrammarVocabulary>> vocabulary = GrammarVocabulary::New(*tokens);
   if (!vocabulary.ok()) {
     WriteFrame(GrammarAnswer::kInvalid, std::string(vocabulary.status().message()));
     return 1;
   }
   if (!WriteFrame(GrammarAnswer::kCompiled, "")) return 0;
-  while (ReadFrame(&frame) && Answer(**vocabulary, frame, most_bytes)) continue;
+  const std::shared_ptr<const GrammarVocabulary> shared = *std::move(vocabulary);
+  const int vocab_size = static_cast<int>(tokens->size());
+  while (ReadFrame(&frame) && Answer(shared, vocab_size, frame, most_bytes, absl::Milliseconds(mask_timeout_ms))) continue;
   return 0;
 }
 
