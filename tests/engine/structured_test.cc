@@ -257,7 +257,9 @@ TEST_F(StructuredTest, AWorkerThatTakesTooLongIsKilledAndStartedAgain) {
     EXPECT_LT(absl::Now() - begin, absl::Seconds(5));
     const Generated generated = Generate(*engine, Request(valid, 3));
     ASSERT_TRUE(generated.finished.ok()) << generated.finished.status();
-    if (generated.finished->reason == FinishReason::kStop) EXPECT_TRUE(nlohmann::json::accept(generated.text)) << generated.text;
+    if (generated.finished->reason == FinishReason::kStop) {
+      EXPECT_TRUE(nlohmann::json::accept(generated.text)) << generated.text;
+    }
   }
   EXPECT_EQ(Generate(*engine, plain), usual);
   ExpectNoPagesLeft(*engine);
