@@ -122,12 +122,17 @@ class EngineImpl final : public Engine {
   void CountRows(RowStatsRequest request, std::function<void(absl::StatusOr<RowStats>)> callback) override;
   const ModelInfo& model() const override { return info_; }
   Load load() const override {
-    kernels::MutexLock lock(mutex_);
-    Load load = load_;
-    load.draining = draining_;
-    load.requests = static_cast<int>(registry_.size());
-    load.ended_requests = ended_requests_;
-    load.recent = step_profile_.Summary();
+    Load load;
+    StepProfile profile;
+    {
+      kernels::MutexLock lock(mutex_);
+      load = load_;
+      load.draining = draining_;
+      load.requests = static_cast<int>(registry_.size());
+      load.ended_requests = ended_requests_;
+      profile = step_profile_;
+    }
+    load.recent = profile.Summary();  // not while the engine thread waits for the lock
     return load;
   }
   absl::Status status() const override {
@@ -149,6 +154,7 @@ class EngineImpl final : public Engine {
   absl::StatusOr<std::shared_ptr<RequestControl>> Register(std::string id, absl::Time deadline);
   void Unregister(const std::string& id);
   void EndAll(absl::StatusCode code);
+  absl::Status EndStatus(const RequestControl& control) const;
   void Submit(std::vector<std::shared_ptr<Sequence>> sequences, int64_t new_tokens);
 
   // --- tokenizer threads
@@ -170,7 +176,6 @@ class EngineImpl final : public Engine {
   void Fail(const absl::Status& status);
   void UpdateLoad();
   void AddToProfile();
-  absl::Status EndStatus(const RequestControl& control) const;
 
   const EngineOptions options_;
   const std::unique_ptr<const ModelConfig> model_config_;

@@ -357,6 +357,8 @@ v1::GetLoadResponse ToProto(const engine::Load& load) {
   response.set_cached_tokens(load.cached_tokens);
   response.set_preemptions(load.preemptions);
   response.set_preempted(load.preempted);
+  response.set_step_median_seconds(load.recent.median_seconds);
+  response.set_step_p99_seconds(load.recent.p99_seconds);
   response.set_draft_tokens(load.draft_tokens);
   response.set_accepted_draft_tokens(load.accepted_draft_tokens);
   return response;

@@ -13,6 +13,7 @@
 #include "engine/drafts.h"
 #include "engine/engine.h"
 #include "tests/support/collector.h"
+#include "tests/support/engines.h"
 #include "tests/support/golden.h"
 
 namespace memserve::engine {
@@ -28,14 +29,10 @@ using memserve::testing::GoldenCase;
 using memserve::testing::LoadGolden;
 using memserve::testing::ParityOptions;
 using memserve::testing::Score;
+using memserve::testing::ExpectNoPagesLeft;
+using memserve::testing::Start;
 
 EngineOptions OptionsOfA() { return ParityOptions(std::string(MEMSERVE_GOLDEN_DIR) + "/A/checkpoint"); }
-
-std::unique_ptr<Engine> Start(const EngineOptions& options) {
-  absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(options);
-  EXPECT_TRUE(engine.ok()) << engine.status();
-  return engine.ok() ? *std::move(engine) : nullptr;
-}
 
 // 40 tokens: two full pages, and a part of one.
 GenerateRequest SampledRequest(int max_tokens = 24) {
@@ -47,11 +44,6 @@ GenerateRequest SampledRequest(int max_tokens = 24) {
   request.stop = {.max_tokens = max_tokens, .ignore_eos = true};
   request.logprobs = true;
   return request;
-}
-
-void ExpectNoPagesLeft(const Engine& engine) {
-  for (int i = 0; i < 1000 && engine.load().kv_pages_used > 0; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  EXPECT_EQ(engine.load().kv_pages_used, 0);
 }
 
 TEST(ChoicesTest, EachIsDrawnWithRandomNumbersOfItsOwnAndTheFirstIsTheOnlyOneOfOne) {

@@ -15,6 +15,7 @@
 #include "engine/retry_after.h"
 #include "engine/structured/grammar.h"
 #include "tests/support/collector.h"
+#include "tests/support/engines.h"
 #include "nlohmann/json.hpp"
 #include "tests/support/golden.h"
 
@@ -33,17 +34,13 @@ using memserve::testing::GoldenSequence;
 using memserve::testing::LoadGolden;
 using memserve::testing::ParityOptions;
 using memserve::testing::Score;
+using memserve::testing::ExpectNoPagesLeft;
+using memserve::testing::Start;
 
 constexpr char kNoMemory[] = "E";  // a dense case
 
 EngineOptions Options(const std::string& golden) {
   return ParityOptions(std::string(MEMSERVE_GOLDEN_DIR) + "/" + golden + "/checkpoint");
-}
-
-std::unique_ptr<Engine> Start(const EngineOptions& options) {
-  absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(options);
-  EXPECT_TRUE(engine.ok()) << engine.status();
-  return engine.ok() ? *std::move(engine) : nullptr;
 }
 
 GenerateRequest GreedyRequest(const std::vector<int32_t>& tokens, int max_tokens) {
@@ -52,14 +49,6 @@ GenerateRequest GreedyRequest(const std::vector<int32_t>& tokens, int max_tokens
   request.stop = {.max_tokens = max_tokens, .ignore_eos = true};
   request.logprobs = true;
   return request;
-}
-
-// The tokens of the pages in use must be back once nothing runs.
-void ExpectNoPagesLeft(const Engine& engine) {
-  for (int i = 0; i < 1000 && engine.load().kv_pages_used > 0; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  EXPECT_EQ(engine.load().kv_pages_used, 0);
-  EXPECT_EQ(engine.load().running, 0);
-  EXPECT_EQ(engine.load().waiting, 0);
 }
 
 class GoldenEngineTest : public ::testing::TestWithParam<std::string> {};

@@ -12,6 +12,7 @@
 
 #include "engine/engine.h"
 #include "tests/support/collector.h"
+#include "tests/support/engines.h"
 #include "tests/support/files.h"
 #include "tests/support/golden.h"
 
@@ -25,6 +26,7 @@ using testing::GoldenCase;
 using testing::LoadGolden;
 using testing::ParityOptions;
 using testing::Score;
+using testing::Start;
 
 EngineOptions Options(const std::string& checkpoint, int ranks = 1, const std::string& backend = "cpu") {
   EngineOptions options = ParityOptions(checkpoint);
@@ -32,12 +34,6 @@ EngineOptions Options(const std::string& checkpoint, int ranks = 1, const std::s
   options.devices.clear();
   for (int r = 0; r < ranks; ++r) options.devices.push_back(r);
   return options;
-}
-
-std::unique_ptr<Engine> Start(const EngineOptions& options) {
-  absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(options);
-  EXPECT_TRUE(engine.ok()) << engine.status();
-  return engine.ok() ? *std::move(engine) : nullptr;
 }
 
 GenerateRequest Request(const GoldenCase& golden, const MemoryMode& memory, size_t sequence = 0) {

@@ -10,6 +10,7 @@
 
 #include "engine/engine.h"
 #include "tests/support/collector.h"
+#include "tests/support/engines.h"
 #include "tests/support/golden.h"
 
 namespace memserve::engine {
@@ -35,12 +36,7 @@ using testing::GoldenCase;
 using ::testing::IsEmpty;
 using testing::LoadGolden;
 using testing::ParityOptions;
-
-std::unique_ptr<Engine> Start(const EngineOptions& options) {
-  absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(options);
-  EXPECT_TRUE(engine.ok()) << engine.status();
-  return engine.ok() ? *std::move(engine) : nullptr;
-}
+using testing::Start;
 
 GenerateRequest Request(const std::vector<int32_t>& prompt, int max_tokens, const MemoryTraceParams& trace) {
   GenerateRequest request;

@@ -5,13 +5,14 @@
 
 #include <atomic>
 #include <condition_variable>
-#include <fstream>
 #include <mutex>
 #include <random>
 #include <thread>
 
 #include "engine/engine.h"
+#include "engine/start_report.h"
 #include "tests/support/collector.h"
+#include "tests/support/engines.h"
 #include "tests/support/golden.h"
 
 namespace memserve::engine {
@@ -138,13 +139,6 @@ class SoakListener final : public GenerateListener {
   int deltas_ = 0;
 };
 
-int64_t ResidentKib() {
-  std::ifstream status("/proc/self/statm");
-  int64_t pages = 0, resident = 0;
-  status >> pages >> resident;
-  return resident * 4;
-}
-
 void Soak(int streams) {
   constexpr int kAtOnce = 96, kThreads = 4;
   const GoldenCase golden = LoadGolden("A");
@@ -172,7 +166,7 @@ void Soak(int streams) {
     threads.emplace_back([&, t] {
       std::mt19937 random(t);
       for (int i = next++; i < streams; i = next++) {
-        if (i == streams / 4) resident_early = ResidentKib();
+        if (i == streams / 4) resident_early = ResidentBytes("VmRSS") / 1024;
         gate.Enter();
         const size_t kind = random() % kinds.size();
         GenerateRequest request = kinds[kind];
@@ -194,14 +188,13 @@ void Soak(int streams) {
   EXPECT_GT(tally.equal, streams / 2);
   EXPECT_GT(tally.cancelled, streams / 10);
   EXPECT_GT(tally.refused, streams / 25);
-  for (int i = 0; i < 2000 && engine->load().kv_pages_used > 0; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  memserve::testing::ExpectNoPagesLeft(*engine);
   const Load load = engine->load();
-  EXPECT_EQ(load.kv_pages_used, 0);
-  EXPECT_EQ(load.running + load.waiting + load.requests + load.preempted, 0);
+  EXPECT_EQ(load.requests + load.preempted, 0);
   EXPECT_EQ(load.waiting_tokens, 0);
   EXPECT_GT(load.preemptions, 0);
   EXPECT_GT(load.cached_tokens, 0);
-  const int64_t growth = ResidentKib() - resident_early;
+  const int64_t growth = ResidentBytes("VmRSS") / 1024 - resident_early;
   ::testing::Test::RecordProperty("growth_kib", static_cast<int>(growth));
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // these keep what was freed for a while
   EXPECT_LT(growth, 8 << 10) << "KiB since a quarter of the streams";

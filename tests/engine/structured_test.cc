@@ -11,6 +11,7 @@
 #include "engine/structured/grammar.h"
 #include "nlohmann/json.hpp"
 #include "tests/support/collector.h"
+#include "tests/support/engines.h"
 #include "tests/support/golden.h"
 
 namespace memserve::engine {
@@ -23,6 +24,8 @@ using memserve::testing::Generate;
 using memserve::testing::GenerateAll;
 using memserve::testing::Generated;
 using memserve::testing::ParityOptions;
+using memserve::testing::ExpectNoPagesLeft;
+using memserve::testing::Start;
 using Kind = StructuredOutput::Kind;
 
 EngineOptions Options(const std::string& golden) {
@@ -33,12 +36,6 @@ class StructuredTest : public ::testing::Test {
  protected:
   void SetUp() override {
     if (!StructuredOutputIsBuilt()) GTEST_SKIP() << "built without structured output";
-  }
-
-  static std::unique_ptr<Engine> Start(const EngineOptions& options) {
-    absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(options);
-    EXPECT_TRUE(engine.ok()) << engine.status();
-    return engine.ok() ? *std::move(engine) : nullptr;
   }
 
   static GenerateRequest Request(StructuredOutput structured, uint64_t seed, int max_tokens = 120) {
@@ -67,10 +64,6 @@ class StructuredTest : public ::testing::Test {
     return Generate(engine, Request(std::move(structured), 1)).finished.status();
   }
 
-  static void ExpectNoPagesLeft(const Engine& engine) {
-    for (int i = 0; i < 1000 && engine.load().kv_pages_used > 0; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    EXPECT_EQ(engine.load().kv_pages_used, 0);
-  }
 };
 
 // A vocabulary of bytes, one of SentencePiece, one of tiktoken.

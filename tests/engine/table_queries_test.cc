@@ -13,6 +13,7 @@
 #include "engine/engine.h"
 #include "kernels/tensor.h"
 #include "tests/support/collector.h"
+#include "tests/support/engines.h"
 #include "tests/support/files.h"
 #include "tests/support/golden.h"
 
@@ -29,18 +30,13 @@ using ::testing::IsEmpty;
 using testing::LoadGolden;
 using ::testing::Pair;
 using testing::ParityOptions;
+using testing::Start;
 
 EngineOptions Options(const GoldenCase& golden, int ranks = 1) {
   EngineOptions options = ParityOptions(golden.checkpoint);
   options.devices.clear();
   for (int r = 0; r < ranks; ++r) options.devices.push_back(r);
   return options;
-}
-
-std::unique_ptr<Engine> Start(const EngineOptions& options) {
-  absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(options);
-  EXPECT_TRUE(engine.ok()) << engine.status();
-  return engine.ok() ? *std::move(engine) : nullptr;
 }
 
 absl::StatusOr<TableRows> Read(Engine& engine, const ReadRowsRequest& request) {

@@ -275,13 +275,14 @@ TEST_F(ServiceTest, GetLoadTellsAllThatTheEngineKnows) {
                        .prompt_tokens = 8,
                        .completion_tokens = 9,
                        .last_step = absl::Milliseconds(500),
+                       .recent = {.median_seconds = 0.25, .p99_seconds = 0.75},
                        .draining = true};
   grpc::ClientContext call;
   v1::GetLoadResponse load;
   ASSERT_TRUE(stub_->GetLoad(&call, {}, &load).ok());
   EXPECT_EQ(load.DebugString(), Parse<v1::GetLoadResponse>(R"(
       running: 1 waiting: 2 waiting_tokens: 3 kv_pages_total: 4 kv_pages_used: 5 kv_page_size: 6 steps: 7 prompt_tokens: 8
-      completion_tokens: 9 last_step_seconds: 0.5 draining: true)")
+      completion_tokens: 9 last_step_seconds: 0.5 draining: true step_median_seconds: 0.25 step_p99_seconds: 0.75)")
                                     .DebugString());
 }
 

@@ -1,13 +1,13 @@
 // Thousands of calls from many clients at once: a third leave at random points, a tenth ask for what cannot be, some do not read. What
 // ends as it should is what it would be alone, and nothing is left behind.
 #include <atomic>
-#include <fstream>
 #include <memory>
 #include <random>
 #include <thread>
 #include <vector>
 
 #include "engine/engine.h"
+#include "engine/start_report.h"
 #include "gtest/gtest.h"
 #include "tests/server/harness.h"
 #include "tests/support/golden.h"
@@ -76,13 +76,6 @@ Answer Ask(v1::Inference::Stub& stub, const v1::GenerateRequest& request, grpc::
   return answer;
 }
 
-int64_t ResidentKib() {
-  std::ifstream status("/proc/self/statm");
-  int64_t pages = 0, resident = 0;
-  status >> pages >> resident;
-  return resident * 4;
-}
-
 void Soak(int calls) {
   constexpr int kClients = 40, kStalled = 4;
   const testing::GoldenCase golden = testing::LoadGolden("A");
@@ -115,7 +108,7 @@ void Soak(int calls) {
       v1::Inference::Stub& use = own != nullptr ? *own : *stub;
       std::mt19937 random(c);
       for (int i = next++; i < calls; i = next++) {
-        if (i == calls / 4) resident_early = ResidentKib();
+        if (i == calls / 4) resident_early = engine::ResidentBytes("VmRSS") / 1024;
         const size_t kind = random() % kinds.size();
         const bool wrong = random() % 10 == 0;
         const int leave_after = random() % 3 == 0 ? 1 + static_cast<int>(random() % 12) : 0;
@@ -172,7 +165,7 @@ void Soak(int calls) {
   }
   EXPECT_EQ(load.kv_pages_used(), 0);
   EXPECT_EQ(load.running() + load.waiting() + load.requests(), 0);
-  const int64_t growth = ResidentKib() - resident_early;
+  const int64_t growth = engine::ResidentBytes("VmRSS") / 1024 - resident_early;
   EXPECT_LT(growth, 24 << 10) << "KiB since a quarter of the calls";
   std::printf("%d calls: %d equal to their solo run, %d left, %d refused, %d stalled readers stopped; %ld KiB grown\n", calls, equal.load(), left.load(),
               refused.load(), stopped.load(), static_cast<long>(growth));
