@@ -47,8 +47,8 @@ void WaitForInterrupts() {
   }
 }
 
-// One failed try to connect would fail all calls for gRPC's first back-off, a second: a try may fail on a machine under load although
-// the server is there, so it is made again for a while. The call then says what is wrong.
+// One failed try to connect would fail all calls for gRPC's first back-off, a second: a try may fail on a machine under load
+// although the server is there, so it is made again for a while. The call then says what is wrong.
 std::shared_ptr<grpc::Channel> Connect(const Options& options) {
   constexpr int kRetryMs = 100;
   constexpr std::chrono::milliseconds kPatience{1500};

@@ -43,7 +43,8 @@ std::optional<v1::GenerateRequest> ToRequestWithPrompt(const Options& options) {
 
 constexpr char kPromptNeeded[] = "give one PROMPT (- reads it from standard input; with --token_ids it is ids such as 1,2,3)";
 
-// Text streams on, that of several choices once a choice has ended; ids and logprobs are a line per token, traces a line per row that fired.
+// Text streams on, that of several choices once a choice has ended; ids and logprobs are a line per token, traces a line per row
+// that fired.
 class Printer {
  public:
   explicit Printer(const Options& options) : options_(options) {}
@@ -103,7 +104,8 @@ void PrintStats(const v1::Finished& finished) {
                usage.prompt_tokens(), usage.cached_tokens(), usage.completion_tokens(), DescribeEnd(finished).c_str(),
                1e3 * timings.queue_seconds(), 1e3 * timings.prefill_seconds(), 1e3 * timings.decode_seconds());
   if (decoded > 0 && timings.decode_seconds() > 0) std::fprintf(stderr, " (%.0f tokens/s)", decoded / timings.decode_seconds());
-  if (usage.draft_tokens() > 0) std::fprintf(stderr, "; %d of %d guesses right", usage.accepted_draft_tokens(), usage.draft_tokens());
+  if (usage.draft_tokens() > 0)
+    std::fprintf(stderr, "; %d of %d guesses right", usage.accepted_draft_tokens(), usage.draft_tokens());
   std::fprintf(stderr, "; seed %llu, id %s\n", static_cast<unsigned long long>(finished.seed()), finished.request_id().c_str());
 }
 

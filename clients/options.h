@@ -51,7 +51,7 @@ struct Options {
   std::optional<int32_t> trace_entries;  // and of trace: for each memory head
   std::optional<int32_t> trace_tokens;   // and of trace: so many
 
-  std::optional<int32_t> layer, top;     // of rows, row-stats
+  std::optional<int32_t> layer, top;  // of rows, row-stats
   bool reset = false;
   bool stats = false;
 

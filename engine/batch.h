@@ -49,9 +49,9 @@ struct Batch {
   std::vector<int32_t> logit_tokens;               // index of the token
   std::vector<kernels::SamplingSlot> sampling;     // [slots that sample]
   std::vector<int32_t> score_targets;              // [slots that are scored]: the token whose log-probability is asked for
-  std::vector<int32_t> top_logprobs;               // [num_slots]: how many of the likeliest tokens are asked for; empty: none, nor chosen
+  std::vector<int32_t> top_logprobs;  // [num_slots]: how many of the likeliest tokens are asked for; empty: none, nor chosen
   int64_t most_chosen = 0;
-  std::vector<int32_t> chosen_tokens;              // [slots that sample, most_chosen]: whose log-probabilities are asked for, -1 beyond
+  std::vector<int32_t> chosen_tokens;  // [slots that sample, most_chosen]: whose log-probabilities are asked for, -1 beyond
 
   // The first slots that sample have their logits adjusted before.  [num_adjusted]
   std::vector<kernels::LogitAdjustment> adjustments;

@@ -1,5 +1,6 @@
-// Speculative decoding without a second model: what comes next is guessed to be what came next the last time that the sequence ended like
-// this (prompt look-up decoding; a case of arXiv 2211.17192). A guess costs a place in the batch and never changes what is drawn.
+// Speculative decoding without a second model: what comes next is guessed to be what came next the last time that the sequence
+// ended like this (prompt look-up decoding; a case of arXiv 2211.17192). A guess costs a place in the batch and never changes what
+// is drawn.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +16,9 @@ class Drafts {
  public:
   explicit Drafts(const SpeculationParams& params) : params_(params), limit_(params.max_draft_tokens) {}
 
-  // At most `most` tokens that may follow; fewer or none where nothing is known. Looks for the longest end of `tokens`, of max_ngram to
-  // min_ngram tokens, that stands there before; the last such place counts. A guess that runs into the end goes on with itself.
+  // At most `most` tokens that may follow; fewer or none where nothing is known. Looks for the longest end of `tokens`, of
+  // max_ngram to min_ngram tokens, that stands there before; the last such place counts. A guess that runs into the end goes on
+  // with itself.
   std::vector<int32_t> Guess(absl::Span<const int32_t> tokens, int64_t most);
 
   // How many of the guesses were drawn: the next are more or fewer.

@@ -31,7 +31,8 @@ namespace {
 
 constexpr int kOutputThreads = 1;  // more would not keep a stream's deltas in order
 constexpr size_t kMaxTasks = 64;   // questions about value tables that wait
-// Of a model faster than this tokens are handed over a few at a time: a reader notices nothing, and the engine wakes nobody at each.
+// Of a model faster than this tokens are handed over a few at a time: a reader notices nothing, and the engine wakes nobody at
+// each.
 constexpr std::chrono::microseconds kOutputRest{300};
 
 // RESOURCE_EXHAUSTED that says when to come again.
@@ -80,14 +81,14 @@ class EngineImpl final : public Engine {
                                     .kv_pages = cache_.total(),
                                     .kv_page_size = cache_.page_size()});
     if (tokenizer_ != nullptr && StructuredOutputIsBuilt()) {
-      grammars_ = std::make_unique<GrammarCompiler>(
-          GrammarCompilerOptions{.worker = options_.grammar_worker,
-                                 .timeout = absl::Milliseconds(options_.grammar_timeout_ms),
-                                 .mask_timeout = grammar_mask_timeout_,
-                                 .memory_bytes = options_.grammar_memory_bytes,
-                                 .most_bytes = kMostGrammarBytes,
-                                 .cache_bytes = options_.grammar_cache_bytes},
-          [this] { return BytesOfTokens(); });
+      grammars_ =
+          std::make_unique<GrammarCompiler>(GrammarCompilerOptions{.worker = options_.grammar_worker,
+                                                                   .timeout = absl::Milliseconds(options_.grammar_timeout_ms),
+                                                                   .mask_timeout = grammar_mask_timeout_,
+                                                                   .memory_bytes = options_.grammar_memory_bytes,
+                                                                   .most_bytes = kMostGrammarBytes,
+                                                                   .cache_bytes = options_.grammar_cache_bytes},
+                                            [this] { return BytesOfTokens(); });
     }
     counted_since_.assign(info_.value_tables.size(), absl::Now());
     UpdateLoad();
@@ -144,7 +145,7 @@ class EngineImpl final : public Engine {
  private:
   // Something for the engine thread to do between two steps.
   struct Task {
-    std::function<bool()> run;                       // in short; true: run again after the next step
+    std::function<bool()> run;                        // in short; true: run again after the next step
     std::function<void(const absl::Status&)> refuse;  // instead, if it cannot be run
   };
 
@@ -228,7 +229,7 @@ class EngineImpl final : public Engine {
 
   const absl::Duration grammar_mask_timeout_ = absl::Milliseconds(options_.grammar_mask_timeout_ms);
   std::unique_ptr<GrammarCompiler> grammars_;  // null: no tokenizer, or not built
-  std::atomic<float> output_seconds_ = 0;  // of the output thread, since the last step was added to the profile
+  std::atomic<float> output_seconds_ = 0;      // of the output thread, since the last step was added to the profile
   std::unique_ptr<WorkQueue> output_;
   std::unique_ptr<WorkQueue> tokenizing_;
   std::thread thread_;
@@ -308,7 +309,8 @@ std::string EngineImpl::Generate(GenerateRequest request, std::shared_ptr<Genera
         std::vector<PromptDelta> echo;
         if (request->echo && built.ok()) echo = EchoOf(built->sequences.front()->tokens, tokenizer_.get(), request->token_bytes);
         status = Admit(std::move(built), request->deadline, [&] {
-          for (PromptDelta& part : echo) output_->Add([listener, part = std::move(part)]() mutable { listener->OnPrompt(std::move(part)); });
+          for (PromptDelta& part : echo)
+            output_->Add([listener, part = std::move(part)]() mutable { listener->OnPrompt(std::move(part)); });
         });
       }
       if (status.ok()) return;
@@ -416,8 +418,10 @@ void EngineImpl::ReadRows(ReadRowsRequest request, std::function<void(absl::Stat
                  for (const bool experts : {false, true}) {
                    if (!rows.ok() || (experts && !config_.memory.peer_variant)) continue;
                    absl::StatusOr<std::vector<float>> values = executor_->ReadRows(table, experts, request.rows);
-                   if (!values.ok()) rows = values.status();
-                   else (experts ? rows->experts : rows->values) = *std::move(values);
+                   if (!values.ok())
+                     rows = values.status();
+                   else
+                     (experts ? rows->experts : rows->values) = *std::move(values);
                  }
                  outputs_.push_back([callback, rows = std::move(rows)]() mutable { callback(std::move(rows)); });
                  return false;
@@ -465,7 +469,8 @@ void EngineImpl::Drain(absl::Duration limit) {
 // ---------------------------------------------------------------- tokenizer threads
 
 // Hands the sequences of a request to the engine thread, if they can be taken on.
-absl::Status EngineImpl::Admit(absl::StatusOr<RequestBuilder::Built> built, absl::Time deadline, const std::function<void()>& before_it_runs) {
+absl::Status EngineImpl::Admit(absl::StatusOr<RequestBuilder::Built> built, absl::Time deadline,
+                               const std::function<void()>& before_it_runs) {
   if (!built.ok()) return built.status();
   if (absl::Status s = CheckAdmission(built->new_tokens, deadline); !s.ok()) return s;
   before_it_runs();
@@ -624,7 +629,7 @@ void EngineImpl::Collect() {
     trace.position = static_cast<int32_t>(position);
     // A guess whose draw did not confirm it is computed again at its place, and replaced.
     trace.token_id = position < static_cast<int64_t>(sequence->tokens.size()) ? sequence->tokens[position]
-                                                                               : plan.batch.token_ids[plan.batch.traced_tokens[i]];
+                                                                              : plan.batch.token_ids[plan.batch.traced_tokens[i]];
     sequence->trace.Add(std::move(trace));
   }
   OnScored(plan, *result);
@@ -648,9 +653,14 @@ void EngineImpl::OnDrawn(const std::shared_ptr<Sequence>& sequence, const StepRe
   std::vector<TokenTrace> traces = s.trace.TakeBefore(static_cast<int64_t>(s.tokens.size()));
   s.Append(token);
   const bool stops = std::find(s.stop_ids.begin(), s.stop_ids.end(), token) != s.stop_ids.end();
-  DrawnToken drawn = {.id = token, .logprob = result.logprobs[slot], .top = TopLogprobsOf(result, slot, s.top_logprobs), .traces = std::move(traces), .stops = stops};
+  DrawnToken drawn = {.id = token,
+                      .logprob = result.logprobs[slot],
+                      .top = TopLogprobsOf(result, slot, s.top_logprobs),
+                      .traces = std::move(traces),
+                      .stops = stops};
   if (!s.chosen_logprobs.empty()) {
-    const auto begin = result.chosen_logprobs.begin() + static_cast<int64_t>(slot * result.chosen_logprobs.size() / result.tokens.size());
+    const auto begin =
+        result.chosen_logprobs.begin() + static_cast<int64_t>(slot * result.chosen_logprobs.size() / result.tokens.size());
     drawn.chosen.assign(begin, begin + static_cast<int64_t>(s.chosen_logprobs.size()));
   }
   outputs_.push_back([output = s.output, drawn = std::move(drawn)]() mutable { output->OnToken(std::move(drawn)); });
@@ -663,9 +673,9 @@ void EngineImpl::OnDrawn(const std::shared_ptr<Sequence>& sequence, const StepRe
     } else if (match == LogitRules::Match::kComplete) {
       End(sequence, {.reason = FinishReason::kStop});
     } else if (match == LogitRules::Match::kStuck) {
-      End(sequence, {.status = absl::InvalidArgumentError(absl::StrCat(
-                         s.structured_field, ": after ", static_cast<int64_t>(s.tokens.size()) - s.prompt_tokens,
-                         " tokens none that would match may be drawn"))});
+      End(sequence, {.status = absl::InvalidArgumentError(absl::StrCat(s.structured_field, ": after ",
+                                                                       static_cast<int64_t>(s.tokens.size()) - s.prompt_tokens,
+                                                                       " tokens none that would match may be drawn"))});
     }
     return;
   }

@@ -65,7 +65,7 @@ struct Load {
   int64_t ended_requests = 0;
   int running = 0;
   int waiting = 0;
-  int preempted = 0;         // of those that wait: gave their pages back
+  int preempted = 0;  // of those that wait: gave their pages back
   int64_t waiting_tokens = 0;
   int64_t kv_pages_total = 0;
   int64_t kv_pages_used = 0;    // held by sequences
@@ -76,10 +76,10 @@ struct Load {
   int64_t completion_tokens = 0;
   int64_t cached_tokens = 0;    // of prompts, taken from the prefix cache
   int64_t preemptions = 0;
-  int64_t draft_tokens = 0;     // guessed
+  int64_t draft_tokens = 0;  // guessed
   int64_t accepted_draft_tokens = 0;
   absl::Duration last_step;
-  StepSummary recent;           // what recent steps took, and what for
+  StepSummary recent;  // what recent steps took, and what for
   bool draining = false;
 };
 
@@ -106,8 +106,8 @@ class Engine {
   virtual void Detokenize(std::vector<int32_t> token_ids, bool keep_special,
                           std::function<void(absl::StatusOr<std::string>)> callback) = 0;
 
-  // Between two steps; the callback gets INVALID_ARGUMENT, UNIMPLEMENTED (no memory, or rows are not counted), RESOURCE_EXHAUSTED (too many
-  // such questions wait) or UNAVAILABLE (device failed). RowStats takes a few steps for each million rows.
+  // Between two steps; the callback gets INVALID_ARGUMENT, UNIMPLEMENTED (no memory, or rows are not counted), RESOURCE_EXHAUSTED
+  // (too many such questions wait) or UNAVAILABLE (device failed). RowStats takes a few steps for each million rows.
   virtual void ReadRows(ReadRowsRequest request, std::function<void(absl::StatusOr<TableRows>)> callback) = 0;
   virtual void CountRows(RowStatsRequest request, std::function<void(absl::StatusOr<RowStats>)> callback) = 0;
 

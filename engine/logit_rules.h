@@ -15,14 +15,15 @@ namespace memserve::engine {
 
 class LogitRules {
  public:
-  // If given, allows the tokens that match it, and `end_ids` where what was drawn matches as it is; never any of `not_first` as the first.
+  // If given, allows the tokens that match it, and `end_ids` where what was drawn matches as it is; never any of `not_first` as the
+  // first.
   struct GrammarRules {
     std::unique_ptr<GrammarMatcher> matcher;  // null: no grammar
     std::vector<int32_t> end_ids;
     std::vector<int32_t> not_first;
   };
-  // Null where the request changes nothing. Temperature, min_p, … as resolved against the checkpoint's defaults. `stop_ids` are banned
-  // until min_tokens are drawn; the last token of a bad word after those before it.
+  // Null where the request changes nothing. Temperature, min_p, … as resolved against the checkpoint's defaults. `stop_ids` are
+  // banned until min_tokens are drawn; the last token of a bad word after those before it.
   static std::unique_ptr<LogitRules> New(const SamplingParams& params, float temperature, const std::vector<int32_t>& stop_ids,
                                          int32_t min_tokens, std::vector<std::vector<int32_t>> bad_words, int vocab_size,
                                          GrammarRules grammar = {});
@@ -53,8 +54,8 @@ class LogitRules {
   void CountWindow(absl::Span<const int32_t> tokens, int64_t end, int64_t prompt_tokens);
   void Add(int32_t token, bool drawn);
   void TakeAway(int32_t token, bool drawn);
-  // Of the tokens that may be drawn next by grammar and allowed_token_ids, after what the matcher has. Tokens that only end are not among
-  // them.
+  // Of the tokens that may be drawn next by grammar and allowed_token_ids, after what the matcher has. Tokens that only end are not
+  // among them.
   std::vector<uint32_t> GrammarMask(int64_t drawn);
 
   kernels::LogitAdjustment adjustment_;

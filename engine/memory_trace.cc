@@ -67,9 +67,9 @@ absl::StatusOr<SequenceTrace> Resolve(const MemoryTraceParams& params, const Mem
   if (drawn == 0 && prompt == 0) trace.begin = trace.end = 0;
   const int64_t positions = trace.end - trace.begin;
   if (positions <= fit) return trace;
-  return Bad("", absl::StrCat(positions, " tokens of ", trace.layers.size(), " layers, ", config.mem_heads, " heads and ",
-                              trace.entries, " entries are ", positions * of_token, " entries; at most ", max_entries,
-                              " are told (", fit, " tokens)"));
+  return Bad(
+      "", absl::StrCat(positions, " tokens of ", trace.layers.size(), " layers, ", config.mem_heads, " heads and ", trace.entries,
+                       " entries are ", positions * of_token, " entries; at most ", max_entries, " are told (", fit, " tokens)"));
 }
 
 TokenTrace TraceOf(const StepResult& result, int64_t index, int64_t num_traced, const SequenceTrace& sequence,

@@ -29,12 +29,12 @@ struct EngineOptions {
   int max_waiting = 1024;            // requests; more are refused
   int64_t max_waiting_tokens = 1 << 20;  // of prompts that wait, beyond the first of them; more are refused
   int64_t max_prompt_bytes = 1 << 20;  // of text, checked before it is tokenised
-  bool count_rows = true;            // how often each row of the value tables is read: 4 bytes a row
-  int64_t max_trace_entries = 1 << 17;   // of memory reads that one request may be told (12 bytes each)
-  std::string grammar_worker;        // the program that compiles grammars; empty: memserve-grammar beside the running one, or by PATH
-  int grammar_timeout_ms = 5000;     // of processor time, to compile one; what takes longer is refused
-  int grammar_mask_timeout_ms = 200; // of the engine thread's time, for one token's mask; a request that takes longer ends
-  int64_t grammar_memory_bytes = 1 << 30;  // that compiling may take
+  bool count_rows = true;              // how often each row of the value tables is read: 4 bytes a row
+  int64_t max_trace_entries = 1 << 17;  // of memory reads that one request may be told (12 bytes each)
+  std::string grammar_worker;     // the program that compiles grammars; empty: memserve-grammar beside the running one, or by PATH
+  int grammar_timeout_ms = 5000;  // of processor time, to compile one; what takes longer is refused
+  int grammar_mask_timeout_ms = 200;        // of the engine thread's time, for one token's mask; a request that takes longer ends
+  int64_t grammar_memory_bytes = 1 << 30;   // that compiling may take
   int64_t grammar_cache_bytes = 256 << 20;  // of compiled grammars that are kept
   int step_depth = 0;                // steps in flight, 1 or 2; 0: what suits the back end (cpu: 1)
   int tokenizer_threads = 1;

@@ -26,14 +26,14 @@ struct EngineEnd {
   Timings timings;
 };
 
-// What the choices of one generation have in common: their listener, and how many are to be heard of. Where more are drawn than given,
-// all are kept until the last has ended; else what is drawn is passed on at once.
+// What the choices of one generation have in common: their listener, and how many are to be heard of. Where more are drawn than
+// given, all are kept until the last has ended; else what is drawn is passed on at once.
 class GenerationOutput {
  public:
-  // Draws `drawn` choices, of which `given` are given. `on_ended` runs just before the listener hears the last: from then on the request's id
-  // is free.
-  GenerationOutput(std::shared_ptr<GenerateListener> listener, std::shared_ptr<RequestControl> control, std::function<void()> on_ended,
-                   int given, int drawn);
+  // Draws `drawn` choices, of which `given` are given. `on_ended` runs just before the listener hears the last: from then on the
+  // request's id is free.
+  GenerationOutput(std::shared_ptr<GenerateListener> listener, std::shared_ptr<RequestControl> control,
+                   std::function<void()> on_ended, int given, int drawn);
 
   void OnPrompt(PromptDelta delta) { listener_->OnPrompt(std::move(delta)); }
   void OnDelta(Delta delta);

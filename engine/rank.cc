@@ -230,7 +230,8 @@ double Rank::SampleAndScore(const ForwardContext& context, const Batch& batch, c
 }
 
 // What is told beside the slots from `begin` on.
-void Rank::TellLogprobs(const Batch& batch, const StepArrays& arrays, int64_t begin, int64_t chosen, TensorView<const float, 2> logits) {
+void Rank::TellLogprobs(const Batch& batch, const StepArrays& arrays, int64_t begin, int64_t chosen,
+                        TensorView<const float, 2> logits) {
   const int64_t count = logits.dim(0), most = batch.most_top_logprobs();
   if (most == 0 && chosen == 0) return;
   backend_->TopLogprobs({.logits = logits,

@@ -24,7 +24,7 @@ struct RankOptions {
   int64_t max_tokens = 0;     // of one step
   int64_t max_sequences = 0;  // of one step
   int64_t max_context_tokens = 0;
-  bool count_rows = true;     // how often each row of the value tables is read
+  bool count_rows = true;  // how often each row of the value tables is read
   int loader_threads = 1;
 
   int64_t pages_per_sequence() const { return (max_context_tokens + kv_page_size - 1) / kv_page_size; }
@@ -71,8 +71,8 @@ class Rank {
 
   // See Transformer::ReadRows.
   absl::StatusOr<std::vector<float>> ReadRows(int64_t table, bool experts, absl::Span<const int32_t> rows);
-  // How often the rows [first, first + count) of a table were read, in all steps that were enqueued; `reset`: they start at 0 again. Of
-  // the first rank, with count_rows.
+  // How often the rows [first, first + count) of a table were read, in all steps that were enqueued; `reset`: they start at 0
+  // again. Of the first rank, with count_rows.
   std::vector<uint32_t> ReadCounts(int64_t table, int64_t first, int64_t count, bool reset);
 
   const RankLoaded& loaded() const { return loaded_; }
@@ -83,14 +83,15 @@ class Rank {
  private:
   // Device arrays of one step. Two sets, used in turn.
   struct StepArrays {
-    int32_t *token_ids, *from_slot, *positions, *sequence, *memory_knn, *masked_end, *masked_rows, *block_tables, *traced_tokens, *logit_tokens, *score_targets, *page_copies, *chosen_tokens;
+    int32_t *token_ids, *from_slot, *positions, *sequence, *memory_knn, *masked_end, *masked_rows, *block_tables, *traced_tokens,
+        *logit_tokens, *score_targets, *page_copies, *chosen_tokens;
     int64_t* kv_slots;
     kernels::SamplingSlot* sampling;
     kernels::LogitAdjustment* adjustments;
     int32_t *seen_tokens, *seen_counts, *bias_tokens, *top_counts;
     float* bias_values;
     uint32_t* masks;
-    int32_t *sampled, *score_greedy, *top_tokens, *trace_rows;        // out
+    int32_t *sampled, *score_greedy, *top_tokens, *trace_rows;                          // out
     float *logprobs, *score_logprobs, *top_logprobs, *chosen_logprobs, *trace_weights;  // out
   };
   struct InFlight {
@@ -113,7 +114,8 @@ class Rank {
   ForwardContext CopyToDevice(const Batch& batch, const StepArrays& arrays);
   // Returns the seconds that the logits took.
   double SampleAndScore(const ForwardContext& context, const Batch& batch, const StepArrays& arrays);
-  void TellLogprobs(const Batch& batch, const StepArrays& arrays, int64_t begin, int64_t chosen, kernels::TensorView<const float, 2> logits);
+  void TellLogprobs(const Batch& batch, const StepArrays& arrays, int64_t begin, int64_t chosen,
+                    kernels::TensorView<const float, 2> logits);
   void SampleAdjusted(const Batch& batch, const StepArrays& arrays, int64_t begin, kernels::TensorView<const float, 2> logits);
 
   const ModelConfig* config_ = nullptr;

@@ -99,9 +99,11 @@ struct GenerateRequest {
   Prompt prompt;
   std::optional<bool> add_bos;  // unset: before a text, where the tokenizer puts one; before a chat, what its template writes
   bool allow_special = false;   // names of special tokens in a text give these tokens
-  std::optional<int32_t> truncate_prompt;  // >= 1: of a longer prompt the last so many tokens, a begin-of-sequence token in front counted
-  int32_t n = 1;                       // choices that are given, [1, 128]
-  std::optional<int32_t> best_of;      // choices that are drawn, [n, 128]; the n of the largest mean logprob are given, best first. Unset: n
+  std::optional<int32_t>
+      truncate_prompt;  // >= 1: of a longer prompt the last so many tokens, a begin-of-sequence token in front counted
+  int32_t n = 1;        // choices that are given, [1, 128]
+  std::optional<int32_t>
+      best_of;  // choices that are drawn, [n, 128]; the n of the largest mean logprob are given, best first. Unset: n
   SamplingParams sampling;
   StopParams stop;
   MemoryMode memory;
@@ -152,9 +154,9 @@ struct TokenTrace {
 struct PromptDelta {
   int32_t first = 0;  // position of the first of token_ids
   std::vector<int32_t> token_ids;
-  std::string text;                       // echo
-  std::vector<std::string> token_bytes;   // echo: beside token_ids, if asked for
-  std::vector<float> logprobs;            // beside token_ids
+  std::string text;                                     // echo
+  std::vector<std::string> token_bytes;                 // echo: beside token_ids, if asked for
+  std::vector<float> logprobs;                          // beside token_ids
   std::vector<std::vector<TokenLogprob>> top_logprobs;  // beside token_ids, if asked for: likeliest first
 };
 
@@ -166,7 +168,7 @@ struct Delta {
   std::vector<std::string> token_bytes;  // beside token_ids, if asked for
   std::vector<std::vector<TokenLogprob>> top_logprobs;  // beside token_ids, if asked for: likeliest first
   std::vector<std::vector<float>> chosen_logprobs;      // beside token_ids, if asked for: of each of logprob_token_ids
-  std::vector<TokenTrace> memory_traces;  // if asked for: up to the pass that the last of token_ids was drawn from
+  std::vector<TokenTrace> memory_traces;                // if asked for: up to the pass that the last of token_ids was drawn from
 };
 
 enum class FinishReason { kStop, kLength };

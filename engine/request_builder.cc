@@ -20,7 +20,8 @@ uint64_t RandomBits() {
   return bits;
 }
 
-absl::StatusOr<std::vector<int32_t>> RequestBuilder::TokensOf(const Prompt& prompt, std::optional<bool> add_bos, bool allow_special) const {
+absl::StatusOr<std::vector<int32_t>> RequestBuilder::TokensOf(const Prompt& prompt, std::optional<bool> add_bos,
+                                                              bool allow_special) const {
   if (const auto* ids = std::get_if<std::vector<int32_t>>(&prompt)) return *ids;
   std::vector<int32_t> ids;
   if (const auto* chat = std::get_if<Chat>(&prompt)) {
@@ -38,8 +39,9 @@ absl::StatusOr<std::vector<int32_t>> RequestBuilder::TokensOf(const Prompt& prom
 
 // Context and continuation together. Two texts are encoded as one, as they would stand in a document, and what follows the first
 // context.size() tokens is scored: encoded by itself, a continuation might begin with a space of its own (SentencePiece).
-absl::StatusOr<std::vector<int32_t>> RequestBuilder::TokensWithContinuation(const ScoreRequest& request, const std::vector<int32_t>& context,
-                                                                        const Prompt& continuation) const {
+absl::StatusOr<std::vector<int32_t>> RequestBuilder::TokensWithContinuation(const ScoreRequest& request,
+                                                                            const std::vector<int32_t>& context,
+                                                                            const Prompt& continuation) const {
   const auto* before = std::get_if<std::string>(&request.context);
   const auto* after = std::get_if<std::string>(&continuation);
   if (before != nullptr && after != nullptr) return TokensOf(Prompt(*before + *after), request.add_bos, false);
@@ -52,15 +54,16 @@ absl::StatusOr<std::vector<int32_t>> RequestBuilder::TokensWithContinuation(cons
 absl::Status RequestBuilder::CheckFits(const Sequence& sequence) const {
   const int64_t pages = (sequence.most_tokens() + context_.kv_page_size - 1) / context_.kv_page_size;
   if (pages <= context_.kv_pages) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat("prompt: with what follows it comes to ", sequence.most_tokens(), " tokens, ", pages,
-                                                 " pages; the KV cache has ", context_.kv_pages));
+  return absl::InvalidArgumentError(absl::StrCat("prompt: with what follows it comes to ", sequence.most_tokens(), " tokens, ",
+                                                 pages, " pages; the KV cache has ", context_.kv_pages));
 }
 
-// What keys and values depend on beside the tokens, and whose they are. A request that keeps out of the cache has a root of its own: its
-// own sequences still share their prompt.
+// What keys and values depend on beside the tokens, and whose they are. A request that keeps out of the cache has a root of its
+// own: its own sequences still share their prompt.
 std::shared_ptr<const std::string> RequestBuilder::ChainRoot(const SchedulingParams& scheduling, const SequenceMemory& memory,
-                                                         const std::string& id) const {
-  if (!scheduling.prefix_cache) return std::make_shared<const std::string>(absl::StrCat("request ", id, " ", absl::Hex(RandomBits())));
+                                                             const std::string& id) const {
+  if (!scheduling.prefix_cache)
+    return std::make_shared<const std::string>(absl::StrCat("request ", id, " ", absl::Hex(RandomBits())));
   return std::make_shared<const std::string>(absl::StrCat(memory.Key(), " salt ", scheduling.cache_salt));
 }
 
@@ -71,7 +74,8 @@ absl::StatusOr<std::vector<int32_t>> RequestBuilder::PromptOf(const GenerateRequ
     const bool has_bos = context_.info.bos_token_id && tokens.front() == *context_.info.bos_token_id;
     tokens.erase(tokens.begin() + (has_bos ? 1 : 0), tokens.end() - *request.truncate_prompt + (has_bos ? 1 : 0));
   }
-  if (absl::Status status = ValidatePromptLength(static_cast<int64_t>(tokens.size()), context_.info.max_context_tokens); !status.ok()) {
+  if (absl::Status status = ValidatePromptLength(static_cast<int64_t>(tokens.size()), context_.info.max_context_tokens);
+      !status.ok()) {
     return status;
   }
   return tokens;
@@ -105,8 +109,8 @@ absl::StatusOr<std::vector<std::vector<int32_t>>> RequestBuilder::TokensOfBadWor
 }
 
 absl::Status GrammarTooSlow(const std::string& field, absl::Duration limit) {
-  return absl::InvalidArgumentError(absl::StrCat(field, ": finding out what may come next took more than ", absl::FormatDuration(limit),
-                                                 " for one token (--grammar_mask_timeout_ms)"));
+  return absl::InvalidArgumentError(absl::StrCat(field, ": finding out what may come next took more than ",
+                                                 absl::FormatDuration(limit), " for one token (--grammar_mask_timeout_ms)"));
 }
 
 absl::StatusOr<LogitRules::GrammarRules> RequestBuilder::GrammarRulesOf(const Grammar& grammar, const Sequence& sequence) const {
@@ -148,8 +152,10 @@ absl::StatusOr<std::shared_ptr<Sequence>> RequestBuilder::BuildChoice(const Gene
   Sequence& s = *sequence;
   s.tokens = std::move(prompt);
   s.prompt_tokens = static_cast<int64_t>(s.tokens.size());
-  const int64_t room = std::min<int64_t>(context_.info.max_context_tokens, context_.kv_pages * context_.kv_page_size + 1) - s.prompt_tokens;
-  const int64_t wanted = request.stop.max_tokens.value_or(context_.generation.max_new_tokens.value_or(context_.info.max_context_tokens));
+  const int64_t room =
+      std::min<int64_t>(context_.info.max_context_tokens, context_.kv_pages * context_.kv_page_size + 1) - s.prompt_tokens;
+  const int64_t wanted =
+      request.stop.max_tokens.value_or(context_.generation.max_new_tokens.value_or(context_.info.max_context_tokens));
   s.max_draws = std::max<int64_t>(1, std::min(wanted, room));
   s.stop_ids = StopIdsOf(request);
   s.temperature = request.sampling.temperature.value_or(context_.generation.temperature.value_or(0.0f));
@@ -161,8 +167,8 @@ absl::StatusOr<std::shared_ptr<Sequence>> RequestBuilder::BuildChoice(const Gene
   if (grammar != nullptr) {
     LOAD_OR_RETURN(grammar_rules, GrammarRulesOf(*grammar, s));
   }
-  s.rules = LogitRules::New(request.sampling, s.temperature, s.stop_ids, request.stop.min_tokens, std::move(bad_words), context_.config.vocab_size,
-                            std::move(grammar_rules));
+  s.rules = LogitRules::New(request.sampling, s.temperature, s.stop_ids, request.stop.min_tokens, std::move(bad_words),
+                            context_.config.vocab_size, std::move(grammar_rules));
   if (grammar != nullptr) {
     s.structured_field = FieldOf(*request.structured);
     if (absl::Status status = CheckGrammar(s); !status.ok()) return status;
@@ -183,7 +189,8 @@ absl::StatusOr<RequestBuilder::Built> RequestBuilder::Build(const GenerateReques
   const uint64_t seed = request.sampling.seed.has_value() ? *request.sampling.seed : RandomBits();
   const auto output = std::make_shared<GenerationOutput>(listener, control, std::move(on_ended), request.n, choices);
   if (request.prompt_logprobs) {
-    if (absl::Status status = ValidatePromptLogprobs(static_cast<int64_t>(prompt.size()), *request.prompt_logprobs); !status.ok()) return status;
+    if (absl::Status status = ValidatePromptLogprobs(static_cast<int64_t>(prompt.size()), *request.prompt_logprobs); !status.ok())
+      return status;
   }
   Built built;
   built.new_tokens = static_cast<int64_t>(prompt.size());
@@ -196,7 +203,8 @@ absl::StatusOr<RequestBuilder::Built> RequestBuilder::Build(const GenerateReques
     if (request.memory_trace) {
       MemoryTraceParams trace = *request.memory_trace;
       if (choice > 0) trace.prompt_tokens = 0;  // the first tells of the prompt for all
-      LOAD_OR_RETURN(s.trace, Resolve(trace, context_.config.memory, s.prompt_tokens, s.max_draws, context_.options.max_trace_entries / choices));
+      LOAD_OR_RETURN(s.trace, Resolve(trace, context_.config.memory, s.prompt_tokens, s.max_draws,
+                                      context_.options.max_trace_entries / choices));
     }
     if (choice > 0) s.leader = built.sequences.front();
     s.chain.root = choice > 0 ? s.leader->chain.root : ChainRoot(request.scheduling, s.memory, control->id);
@@ -207,18 +215,17 @@ absl::StatusOr<RequestBuilder::Built> RequestBuilder::Build(const GenerateReques
     }
     if (absl::Status status = CheckFits(s); !status.ok()) return status;
     const bool nothing_before = s.prompt_tokens == 1 && context_.tokenizer != nullptr && context_.tokenizer->IsSpecial(s.tokens[0]);
-    s.output = std::make_shared<OutputStream>(
-        OutputOptions{.tokenizer = context_.tokenizer,
-                      .stop_strings = request.stop.strings,
-                      .include_stop = request.stop.include_matched,
-                      .min_tokens = request.stop.min_tokens,
-                      .logprobs = request.logprobs,
-                      .token_bytes = request.token_bytes,
-                      .starts_text = nothing_before,
-                      .choice = choice,
-                      .seed = seed,
-                      .prompt_tokens = static_cast<int32_t>(s.prompt_tokens)},
-        output);
+    s.output = std::make_shared<OutputStream>(OutputOptions{.tokenizer = context_.tokenizer,
+                                                            .stop_strings = request.stop.strings,
+                                                            .include_stop = request.stop.include_matched,
+                                                            .min_tokens = request.stop.min_tokens,
+                                                            .logprobs = request.logprobs,
+                                                            .token_bytes = request.token_bytes,
+                                                            .starts_text = nothing_before,
+                                                            .choice = choice,
+                                                            .seed = seed,
+                                                            .prompt_tokens = static_cast<int32_t>(s.prompt_tokens)},
+                                              output);
     built.sequences.push_back(sequence);
   }
   return built;

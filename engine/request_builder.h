@@ -1,5 +1,5 @@
-// From requests to sequences that are ready to run: tokens, the checkpoint's defaults, limits that depend on both. Nothing here changes
-// once it is built: threads may build at once.
+// From requests to sequences that are ready to run: tokens, the checkpoint's defaults, limits that depend on both. Nothing here
+// changes once it is built: threads may build at once.
 #pragma once
 
 #include <functional>
@@ -40,8 +40,9 @@ class RequestBuilder {
 
   // Of a valid request (validate.h). Errors as Engine's. `on_ended` runs before the listener hears the last of it.
   // `grammar` is null where the request asks for none.
-  absl::StatusOr<Built> Build(const GenerateRequest& request, std::shared_ptr<const Grammar> grammar, std::shared_ptr<RequestControl> control,
-                              std::shared_ptr<GenerateListener> listener, std::function<void()> on_ended) const;
+  absl::StatusOr<Built> Build(const GenerateRequest& request, std::shared_ptr<const Grammar> grammar,
+                              std::shared_ptr<RequestControl> control, std::shared_ptr<GenerateListener> listener,
+                              std::function<void()> on_ended) const;
   absl::StatusOr<Built> Build(const ScoreRequest& request, std::shared_ptr<RequestControl> control, ScoreCallback callback) const;
 
   absl::StatusOr<std::vector<int32_t>> TokensOf(const Prompt& prompt, std::optional<bool> add_bos, bool allow_special) const;

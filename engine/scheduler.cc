@@ -15,7 +15,10 @@ int64_t Known(const Sequence& sequence) {
 // Tokens whose values are known or will be when this step runs, and which are not planned yet.
 int64_t Ready(const Sequence& sequence, int64_t step) {
   // What was drawn last may change the logits of the next draw, or be what guesses follow: then it must be known.
-  const int64_t in_flight = sequence.rules == nullptr && !sequence.drafts && sequence.last_draw_step == step - 1 && sequence.planned == static_cast<int64_t>(sequence.tokens.size()) ? 1 : 0;
+  const int64_t in_flight = sequence.rules == nullptr && !sequence.drafts && sequence.last_draw_step == step - 1 &&
+                                    sequence.planned == static_cast<int64_t>(sequence.tokens.size())
+                                ? 1
+                                : 0;
   return std::min(Known(sequence) + in_flight, sequence.most_tokens()) - sequence.planned;
 }
 
@@ -53,7 +56,8 @@ void Scheduler::Add(std::shared_ptr<Sequence> sequence) {
 }
 
 void Scheduler::Wait(std::shared_ptr<Sequence> sequence) {
-  sequence->waits_with = static_cast<int64_t>(sequence->tokens.size()) - (sequence->leader != nullptr ? sequence->leader->shared_tokens() : 0);
+  sequence->waits_with =
+      static_cast<int64_t>(sequence->tokens.size()) - (sequence->leader != nullptr ? sequence->leader->shared_tokens() : 0);
   waiting_tokens_ += sequence->waits_with;
   Insert(waiting_, std::move(sequence));
 }
@@ -140,7 +144,8 @@ void Scheduler::Guess(Sequence& s, int64_t most) {
   s.accepted = 0;
   s.guessed_at = s.preemptions;
   const auto room = [&] { return static_cast<int64_t>(s.pages.size()) * cache_.page_size() - s.planned - 1; };
-  while (room() < static_cast<int64_t>(s.guessed.size()) && cache_.available() > running()) MEMSERVE_CHECK(cache_.Allocate(1, &s.pages));
+  while (room() < static_cast<int64_t>(s.guessed.size()) && cache_.available() > running())
+    MEMSERVE_CHECK(cache_.Allocate(1, &s.pages));
   if (room() < static_cast<int64_t>(s.guessed.size())) s.guessed.resize(room());
 }
 
@@ -200,10 +205,12 @@ StepPlan Scheduler::Schedule(int64_t step, absl::Time now, const StepTimes& time
   return plan;
 }
 
-// Slots that sample come first, and of them those whose logits are adjusted. Until here batch.logit_tokens has those of scored slots only.
+// Slots that sample come first, and of them those whose logits are adjusted. Until here batch.logit_tokens has those of scored
+// slots only.
 void Scheduler::OrderSlots(StepPlan& plan) {
   Batch& batch = plan.batch;
-  std::stable_partition(plan.sampled.begin(), plan.sampled.end(), [&](const StepPlan::Draw& draw) { return draw.sequence->rules != nullptr; });
+  std::stable_partition(plan.sampled.begin(), plan.sampled.end(),
+                        [&](const StepPlan::Draw& draw) { return draw.sequence->rules != nullptr; });
   std::vector<int32_t> logit_tokens;
   for (const StepPlan::Draw& draw : plan.sampled) {
     Sequence& s = *draw.sequence;
@@ -224,8 +231,11 @@ void Scheduler::OrderSlots(StepPlan& plan) {
     batch.chosen_tokens.insert(batch.chosen_tokens.end(), chosen.begin(), chosen.end());
     batch.chosen_tokens.resize(batch.chosen_tokens.size() + batch.most_chosen - chosen.size(), -1);
   }
-  for (const std::shared_ptr<Sequence>& sequence : plan.scored) batch.top_logprobs.push_back(std::max(0, sequence->prompt_top_logprobs));
-  if (batch.most_chosen == 0 && std::all_of(batch.top_logprobs.begin(), batch.top_logprobs.end(), [](int32_t count) { return count == 0; })) batch.top_logprobs.clear();
+  for (const std::shared_ptr<Sequence>& sequence : plan.scored)
+    batch.top_logprobs.push_back(std::max(0, sequence->prompt_top_logprobs));
+  if (batch.most_chosen == 0 &&
+      std::all_of(batch.top_logprobs.begin(), batch.top_logprobs.end(), [](int32_t count) { return count == 0; }))
+    batch.top_logprobs.clear();
   logit_tokens.insert(logit_tokens.end(), batch.logit_tokens.begin(), batch.logit_tokens.end());
   batch.logit_tokens = std::move(logit_tokens);
 }

@@ -1,12 +1,12 @@
 // Decides which sequences run in the next step and fills its batch. Engine thread only.
 //
-// Decode tokens first, then chunks of prompts, up to max_batch_tokens. Sequences are taken up by priority, then in the order of arrival,
-// once there are pages for all the tokens that are known of them; pages for what they draw are found as they go. When there are none,
-// the newest sequence of the lowest priority gives its pages back and is computed again later, with the same outcome: what was drawn
-// stays drawn, and keys and values do not depend on the batches they were computed in.
+// Decode tokens first, then chunks of prompts, up to max_batch_tokens. Sequences are taken up by priority, then in the order of
+// arrival, once there are pages for all the tokens that are known of them; pages for what they draw are found as they go. When
+// there are none, the newest sequence of the lowest priority gives its pages back and is computed again later, with the same
+// outcome: what was drawn stays drawn, and keys and values do not depend on the batches they were computed in.
 //
-// A sequence may guess what it will draw (drafts.h): its guesses run beside its last token, each with a slot of its own that draws as if
-// they were right.
+// A sequence may guess what it will draw (drafts.h): its guesses run beside its last token, each with a slot of its own that draws
+// as if they were right.
 #pragma once
 
 #include <cstdint>
@@ -45,7 +45,7 @@ struct StepPlan {
   std::vector<Traced> traced;                      // beside batch.traced_tokens
   int64_t prompt_tokens = 0;                       // in this batch
   bool only_decodes = false;
-  StepWork work;                                   // of the whole batch
+  StepWork work;  // of the whole batch
 };
 
 class Scheduler {

@@ -25,7 +25,7 @@ struct RequestControl {
   std::string id;
   absl::Time deadline = absl::InfiniteFuture();
   absl::Time arrival;
-  std::atomic<int> end_code{0};            // an absl::StatusCode: end with this; 0: go on
+  std::atomic<int> end_code{0};  // an absl::StatusCode: end with this; 0: go on
 
   void End(absl::StatusCode code) {
     int expected = 0;
@@ -53,12 +53,12 @@ struct Sequence {
   int32_t top_k = 0;
   float top_p = 1;
   uint64_t seed = 0;
-  int32_t choice = 0;                 // among those of its request
+  int32_t choice = 0;  // among those of its request
   SequenceMemory memory;
   SequenceTrace trace;
   std::unique_ptr<LogitRules> rules;  // null: the logits stay as they are
   int32_t top_logprobs = 0;
-  std::string structured_field;       // for errors: that of the grammar, if there is one
+  std::string structured_field;          // for errors: that of the grammar, if there is one
   std::vector<int32_t> chosen_logprobs;  // tokens whose logprobs are told beside each draw
   std::optional<Drafts> drafts;          // guesses at what follows, if asked for
 

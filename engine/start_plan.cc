@@ -136,12 +136,14 @@ absl::StatusOr<int64_t> ResolveKvPages(const EngineOptions& options, const Start
   const int64_t page_bytes = plan.Sum(&RankPlan::kv_bytes_per_page);
   const int64_t per_context = plan.executor.rank.pages_per_sequence();
   if (options.kv_cache_fraction > 0) {
-    const double free = static_cast<double>(std::max<int64_t>(0, plan.available_bytes - (plan.total() - plan.Sum(&RankPlan::kv_bytes))));
+    const double free =
+        static_cast<double>(std::max<int64_t>(0, plan.available_bytes - (plan.total() - plan.Sum(&RankPlan::kv_bytes))));
     const auto pages = static_cast<int64_t>(options.kv_cache_fraction * free / static_cast<double>(page_bytes));
     // An int32 names a page.
     if (pages >= 1) return std::min<int64_t>(pages, INT32_MAX);
-    return absl::InvalidArgumentError(absl::StrCat("kv_cache_fraction: ", options.kv_cache_fraction, " of the ", FormatBytes(static_cast<int64_t>(free)),
-                                                   " that are free beside the rest is less than one page, ", FormatBytes(page_bytes)));
+    return absl::InvalidArgumentError(
+        absl::StrCat("kv_cache_fraction: ", options.kv_cache_fraction, " of the ", FormatBytes(static_cast<int64_t>(free)),
+                     " that are free beside the rest is less than one page, ", FormatBytes(page_bytes)));
   }
   if (options.kv_cache_bytes == 0) {
     return std::max<int64_t>(per_context, std::min(kDefaultContexts * per_context, plan.available_bytes / 4 / page_bytes));

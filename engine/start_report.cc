@@ -78,15 +78,19 @@ ModelInfo Describe(const EngineOptions& options, const CheckpointFolder& loaded,
 }
 
 void LogPlan(const StartPlan& plan) {
-  spdlog::info("plan: weights {}, value tables {} (held once), KV cache {} ({} pages of {} tokens), scratch {}, row counts {}: {} of {} available",
-               FormatBytes(plan.Sum(&RankPlan::weight_bytes)), FormatBytes(plan.Sum(&RankPlan::table_bytes)),
-               FormatBytes(plan.Sum(&RankPlan::kv_bytes)), plan.executor.rank.kv_pages, plan.executor.rank.kv_page_size,
-               FormatBytes(plan.Sum(&RankPlan::scratch_bytes)), FormatBytes(plan.Sum(&RankPlan::count_bytes)), FormatBytes(plan.total()), FormatBytes(plan.available_bytes));
+  spdlog::info(
+      "plan: weights {}, value tables {} (held once), KV cache {} ({} pages of {} tokens), scratch {}, row counts {}: {} of {} "
+      "available",
+      FormatBytes(plan.Sum(&RankPlan::weight_bytes)), FormatBytes(plan.Sum(&RankPlan::table_bytes)),
+      FormatBytes(plan.Sum(&RankPlan::kv_bytes)), plan.executor.rank.kv_pages, plan.executor.rank.kv_page_size,
+      FormatBytes(plan.Sum(&RankPlan::scratch_bytes)), FormatBytes(plan.Sum(&RankPlan::count_bytes)), FormatBytes(plan.total()),
+      FormatBytes(plan.available_bytes));
   const std::vector<std::string>& unused = plan.ranks.front().unused_tensors;
   if (unused.empty()) return;
   const size_t shown = std::min<size_t>(unused.size(), 5);
   spdlog::warn("{} tensors of the checkpoint are not part of the model and are left out: {}{}", unused.size(),
-               absl::StrJoin(unused.begin(), unused.begin() + static_cast<int64_t>(shown), ", "), unused.size() > shown ? ", …" : "");
+               absl::StrJoin(unused.begin(), unused.begin() + static_cast<int64_t>(shown), ", "),
+               unused.size() > shown ? ", …" : "");
 }
 
 // Ranks may have read the same tensor, or parts of it.

@@ -24,7 +24,8 @@ void StepTimes::Add(const StepWork& work, absl::Duration duration, bool only_dec
   if (work.tokens <= 0 || seconds <= 0) return;
   if (only_decodes) {
     const bool alike = work.tokens == last_decodes_.tokens;
-    decode_seconds_ = alike ? decode_seconds_ + kWeight * (std::min(seconds, kMostSurprise * decode_seconds_) - decode_seconds_) : seconds;
+    decode_seconds_ =
+        alike ? decode_seconds_ + kWeight * (std::min(seconds, kMostSurprise * decode_seconds_) - decode_seconds_) : seconds;
     last_decodes_ = work;
   }
   if (!known_) {
@@ -64,8 +65,9 @@ absl::Duration StepTimes::Expected(const StepWork& work) const {
   return absl::Seconds(cost_[0] + cost_[1] * static_cast<double>(work.tokens) + cost_[2] * static_cast<double>(work.keys));
 }
 
-// What is expected of a step that only decodes: not more than those that were seen suggest, since twice the tokens take at most twice as
-// long. While prompts are computed no such step is seen, and what is the base's and what the tokens' is hard to tell apart.
+// What is expected of a step that only decodes: not more than those that were seen suggest, since twice the tokens take at most
+// twice as long. While prompts are computed no such step is seen, and what is the base's and what the tokens' is hard to tell
+// apart.
 double StepTimes::DecodeSeconds(const StepWork& decodes) const {
   const double expected = absl::ToDoubleSeconds(Expected(decodes));
   if (last_decodes_.tokens == 0) return expected;

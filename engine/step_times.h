@@ -1,9 +1,10 @@
-// What steps cost, measured as they run: how many tokens of prompts may join a step, how long a prompt will take. Engine thread only.
+// What steps cost, measured as they run: how many tokens of prompts may join a step, how long a prompt will take. Engine thread
+// only.
 //
 //   seconds ≈ base + token · tokens computed + key · keys that they attend to
 //
-// The three are followed by a Kalman filter. They are of the model and the machine, not of the sequences, so steps of every kind tell
-// of them: a server that is never without prompts sees no step that only decodes, and still knows what one would take.
+// The three are followed by a Kalman filter. They are of the model and the machine, not of the sequences, so steps of every kind
+// tell of them: a server that is never without prompts sees no step that only decodes, and still knows what one would take.
 #pragma once
 
 #include <array>
@@ -36,8 +37,8 @@ class StepTimes {
 
   bool known() const { return known_; }  // whether a step was measured
   absl::Duration Expected(const StepWork& work) const;
-  // So many tokens of a prompt, from `position` on, may join the step `work` that it takes at most kLongest times as long as `decodes`
-  // alone: then no running stream hears nothing for longer. No limit before a step was measured; may be 0.
+  // So many tokens of a prompt, from `position` on, may join the step `work` that it takes at most kLongest times as long as
+  // `decodes` alone: then no running stream hears nothing for longer. No limit before a step was measured; may be 0.
   int64_t PrefillLimit(const StepWork& decodes, const StepWork& work, int64_t position) const;
   // Of one token of a prompt; 0 before a step was measured.
   absl::Duration PromptToken() const { return absl::Seconds(cost_[1]); }
@@ -49,9 +50,9 @@ class StepTimes {
   double DecodeSeconds(const StepWork& decodes) const;
 
   bool known_ = false;
-  StepWork last_decodes_;      // the last step that only decoded, and
-  double decode_seconds_ = 0;  // what such steps took lately
-  std::array<double, kCosts> cost_ = {};                           // seconds
+  StepWork last_decodes_;                                           // the last step that only decoded, and
+  double decode_seconds_ = 0;                                       // what such steps took lately
+  std::array<double, kCosts> cost_ = {};                            // seconds
   std::array<std::array<double, kCosts>, kCosts> covariance_ = {};  // of what is not known of them
 };
 

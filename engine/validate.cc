@@ -158,7 +158,8 @@ absl::Status CheckBadWords(const std::vector<std::string>& words, const RequestL
   }
   for (size_t i = 0; i < words.size(); ++i) {
     if (words[i].empty() || words[i].size() > kMaxBadWordBytes) {
-      return Bad("bad_words", absl::StrCat("word ", i, " has ", words[i].size(), " bytes; 1 to ", kMaxBadWordBytes, " are accepted"));
+      return Bad("bad_words",
+                 absl::StrCat("word ", i, " has ", words[i].size(), " bytes; 1 to ", kMaxBadWordBytes, " are accepted"));
     }
     if (FindBrokenUtf8(words[i]) != std::string::npos) return Bad("bad_words", absl::StrCat("word ", i, " is not UTF-8"));
   }
@@ -173,9 +174,10 @@ absl::Status CheckChoices(const GenerateRequest& request) {
 }
 
 absl::Status CheckSpeculation(const SpeculationParams& speculation) {
-  for (const absl::Status& status : {CheckInt("speculation.max_draft_tokens", speculation.max_draft_tokens, 1, kMaxDraftTokens),
-                                     CheckInt("speculation.min_ngram", speculation.min_ngram, 1, kMaxDraftTokens),
-                                     CheckInt("speculation.max_ngram", speculation.max_ngram, speculation.min_ngram, kMaxDraftTokens)}) {
+  for (const absl::Status& status :
+       {CheckInt("speculation.max_draft_tokens", speculation.max_draft_tokens, 1, kMaxDraftTokens),
+        CheckInt("speculation.min_ngram", speculation.min_ngram, 1, kMaxDraftTokens),
+        CheckInt("speculation.max_ngram", speculation.max_ngram, speculation.min_ngram, kMaxDraftTokens)}) {
     if (!status.ok()) return status;
   }
   return absl::OkStatus();
@@ -206,10 +208,11 @@ absl::Status CheckScheduling(const SchedulingParams& scheduling) {
 }  // namespace
 
 absl::Status Validate(const GenerateRequest& request, const RequestLimits& limits) {
-  for (const absl::Status& status : {CheckId(request.id), CheckPrompt("prompt", request.prompt, limits), CheckSampling(request.sampling),
-                                     CheckLogitChanges(request.sampling, limits), CheckStop(request.stop, limits),
-                                     CheckScheduling(request.scheduling), Validate(request.memory, limits.memory), CheckLogprobs(request, limits),
-                                     CheckChoices(request), CheckBadWords(request.sampling.bad_words, limits)}) {
+  for (const absl::Status& status :
+       {CheckId(request.id), CheckPrompt("prompt", request.prompt, limits), CheckSampling(request.sampling),
+        CheckLogitChanges(request.sampling, limits), CheckStop(request.stop, limits), CheckScheduling(request.scheduling),
+        Validate(request.memory, limits.memory), CheckLogprobs(request, limits), CheckChoices(request),
+        CheckBadWords(request.sampling.bad_words, limits)}) {
     if (!status.ok()) return status;
   }
   if (request.truncate_prompt && *request.truncate_prompt < 1) {
@@ -248,8 +251,8 @@ absl::Status Validate(const ScoreRequest& request, const RequestLimits& limits) 
 absl::Status ValidatePromptLogprobs(int64_t tokens, int32_t top) {
   const int64_t entries = tokens * (1 + top);
   if (entries <= kMaxPromptLogprobs) return absl::OkStatus();
-  return Bad("prompt_logprobs", absl::StrCat(top, " beside each of ", tokens, " tokens make ", entries, " entries; at most ", kMaxPromptLogprobs,
-                                             " are accepted"));
+  return Bad("prompt_logprobs", absl::StrCat(top, " beside each of ", tokens, " tokens make ", entries, " entries; at most ",
+                                             kMaxPromptLogprobs, " are accepted"));
 }
 
 absl::Status ValidatePromptLength(int64_t tokens, int max_context_tokens) {

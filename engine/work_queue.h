@@ -1,7 +1,7 @@
 // Tasks for a few threads of their own, run in the order they were added (with one thread, one after the other).
 //
-// With a `rest`, a thread takes all that is there at once and then takes nothing for so long: tasks that come faster are run together,
-// and who adds them need not wake anybody. A task that comes later than that after the last one is run at once.
+// With a `rest`, a thread takes all that is there at once and then takes nothing for so long: tasks that come faster are run
+// together, and who adds them need not wake anybody. A task that comes later than that after the last one is run at once.
 #pragma once
 
 #include <chrono>

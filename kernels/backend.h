@@ -62,7 +62,8 @@ class Backend {
 
   // --- memory. RESOURCE_EXHAUSTED names purpose and bytes. New memory is zeroed.
   virtual absl::StatusOr<DeviceBuffer> Allocate(int64_t bytes, std::string_view purpose) = 0;
-  // These ranges [address, bytes) will be used, from their beginnings on: where a first use is slow, it is done in the background. Once.
+  // These ranges [address, bytes) will be used, from their beginnings on: where a first use is slow, it is done in the background.
+  // Once.
   virtual void MakeReady(std::vector<std::pair<void*, int64_t>> ranges) { static_cast<void>(ranges); }
   virtual void CopyToDevice(void* device, const void* host, int64_t bytes) = 0;
   virtual void CopyToHost(void* host, const void* device, int64_t bytes) = 0;

@@ -43,8 +43,8 @@ struct AdjustLogitsArgs {
   TensorView<float, 2> out;                          // out: [slots, vocab_size]; may be logits itself
 };
 
-// The largest logits of each slot and their log-probabilities, largest first, ties: lower id first; and those of chosen tokens. Slots want
-// different numbers. log p = logit − log Σ exp(logits), NaN as −inf; the bits are those of Sample and TokenLogprob.
+// The largest logits of each slot and their log-probabilities, largest first, ties: lower id first; and those of chosen tokens.
+// Slots want different numbers. log p = logit − log Σ exp(logits), NaN as −inf; the bits are those of Sample and TokenLogprob.
 struct TopLogprobsArgs {
   TensorView<const float, 2> logits;      // [slots, vocab_size]
   TensorView<const int32_t, 1> counts;    // [slots], each in [0, columns of tokens] and at most vocab_size

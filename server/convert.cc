@@ -136,8 +136,10 @@ engine::SpeculationParams ToSpeculation(const v1::SpeculationParams& params) {
   engine::SpeculationParams speculation;
   if (params.has_max_draft_tokens()) speculation.max_draft_tokens = params.max_draft_tokens();
   if (params.has_min_ngram()) speculation.min_ngram = params.min_ngram();
-  if (params.has_max_ngram()) speculation.max_ngram = params.max_ngram();
-  else speculation.max_ngram = std::max(speculation.max_ngram, speculation.min_ngram);
+  if (params.has_max_ngram())
+    speculation.max_ngram = params.max_ngram();
+  else
+    speculation.max_ngram = std::max(speculation.max_ngram, speculation.min_ngram);
   return speculation;
 }
 
@@ -261,7 +263,8 @@ void Join(engine::Delta delta, v1::Delta& waiting) {
   waiting.mutable_logprobs()->Add(delta.logprobs.begin(), delta.logprobs.end());
   for (std::string& bytes : delta.token_bytes) waiting.add_token_bytes(std::move(bytes));
   for (const std::vector<engine::TokenLogprob>& top : delta.top_logprobs) *waiting.add_top_logprobs() = ToProto(top);
-  for (const std::vector<float>& chosen : delta.chosen_logprobs) waiting.mutable_chosen_logprobs()->Add(chosen.begin(), chosen.end());
+  for (const std::vector<float>& chosen : delta.chosen_logprobs)
+    waiting.mutable_chosen_logprobs()->Add(chosen.begin(), chosen.end());
   for (const engine::TokenTrace& trace : delta.memory_traces) *waiting.add_memory_traces() = ToProto(trace);
 }
 

@@ -37,7 +37,8 @@ v1::GetRowsResponse ToProto(const engine::TableRows& rows, const v1::GetRowsRequ
 engine::RowStatsRequest ToEngine(const v1::RowStatsRequest& request);
 v1::RowStatsResponse ToProto(const engine::RowStats& stats, const v1::RowStatsRequest& request);
 // A generation of one token, with traces.
-absl::StatusOr<engine::GenerateRequest> ToEngine(const v1::TraceRequest& request, const engine::ModelInfo& model, absl::Time deadline);
+absl::StatusOr<engine::GenerateRequest> ToEngine(const v1::TraceRequest& request, const engine::ModelInfo& model,
+                                                 absl::Time deadline);
 
 absl::Time Deadline(const grpc::CallbackServerContext& context);
 

@@ -90,8 +90,8 @@ void GenerateReactor::OnFinished(absl::StatusOr<engine::Finished> finished) {
 
 void GenerateReactor::Append(engine::Delta delta) {
   const size_t bytes = SizeOf(delta);
-  const bool joins = !unread_.empty() && unread_.back().bytes + bytes <= kMaxJoinedBytes && !unread_.back().message.has_finished() &&
-                     !unread_.back().message.has_prompt() &&
+  const bool joins = !unread_.empty() && unread_.back().bytes + bytes <= kMaxJoinedBytes &&
+                     !unread_.back().message.has_finished() && !unread_.back().message.has_prompt() &&
                      (!unread_.back().message.has_delta() || unread_.back().message.delta().choice() == delta.choice);
   if (!joins) unread_.emplace_back();
   Join(std::move(delta), *unread_.back().message.mutable_delta());

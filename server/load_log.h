@@ -27,11 +27,13 @@ class LoadLog {
     if (first || (load.requests == 0 && load.steps == before.steps)) return std::nullopt;
     const auto rate = [&](int64_t of, int64_t then) { return static_cast<double>(of - then) / seconds; };
     return absl::StrFormat(
-        "load: %d running, %d waiting (%d preempted, %d tokens); pages %d used, %d cached, %d free; prompt %.0f tokens/s, drawn %.0f tokens/s; "
+        "load: %d running, %d waiting (%d preempted, %d tokens); pages %d used, %d cached, %d free; prompt %.0f tokens/s, drawn "
+        "%.0f tokens/s; "
         "%.0f steps/s of %.2f ms (median; p99 %.2f)",
         load.running, load.waiting, load.preempted, load.waiting_tokens, load.kv_pages_used, load.kv_pages_cached,
         load.kv_pages_total - load.kv_pages_used - load.kv_pages_cached, rate(load.prompt_tokens, before.prompt_tokens),
-        rate(load.completion_tokens, before.completion_tokens), rate(load.steps, before.steps), 1e3 * load.recent.median_seconds, 1e3 * load.recent.p99_seconds);
+        rate(load.completion_tokens, before.completion_tokens), rate(load.steps, before.steps), 1e3 * load.recent.median_seconds,
+        1e3 * load.recent.p99_seconds);
   }
 
  private:

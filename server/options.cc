@@ -50,14 +50,17 @@ ABSL_FLAG(int64_t, max_waiting_tokens, kEngine.max_waiting_tokens,
           "tokens of prompts that may wait, beyond the first; more are refused with RESOURCE_EXHAUSTED");
 ABSL_FLAG(int64_t, max_prompt_bytes, kEngine.max_prompt_bytes, "bytes of one prompt's text");
 ABSL_FLAG(bool, count_rows, kEngine.count_rows, "count how often each row of the value tables is read: 4 bytes a row");
-ABSL_FLAG(int64_t, max_trace_entries, kEngine.max_trace_entries, "reads of value table rows that one request may be told, some 10 bytes each; clients accept messages of 4 MiB by default");
+ABSL_FLAG(
+    int64_t, max_trace_entries, kEngine.max_trace_entries,
+    "reads of value table rows that one request may be told, some 10 bytes each; clients accept messages of 4 MiB by default");
 ABSL_FLAG(int, tokenizer_threads, kEngine.tokenizer_threads, "threads that encode prompts");
 ABSL_FLAG(int, loader_threads, kEngine.loader_threads, "threads that read the checkpoint; 0: one per core, at most 8");
 ABSL_FLAG(int64_t, memory_limit_bytes, kEngine.memory_limit_bytes,
           "bytes that weights, tables, cache and scratch may take together; 0: what the machine has free");
 ABSL_FLAG(std::string, grammar_worker, kEngine.grammar_worker,
           "the program that compiles grammars of structured output; empty: memserve-grammar beside this one, or by PATH");
-ABSL_FLAG(int, grammar_timeout_ms, kEngine.grammar_timeout_ms, "milliseconds of processor time that compiling one grammar may take; then it is refused");
+ABSL_FLAG(int, grammar_timeout_ms, kEngine.grammar_timeout_ms,
+          "milliseconds of processor time that compiling one grammar may take; then it is refused");
 ABSL_FLAG(int, grammar_mask_timeout_ms, kEngine.grammar_mask_timeout_ms,
           "milliseconds of processor time that a grammar may take to say what may come next; then its request ends");
 ABSL_FLAG(int64_t, grammar_memory_bytes, kEngine.grammar_memory_bytes, "bytes that the process which compiles grammars may take");

@@ -37,7 +37,11 @@ absl::Status WritePortFile(const std::string& file, int port) {
 }  // namespace
 
 Server::Server(const ServerOptions& options)
-    : options_(options), inference_(options_, gate_), memory_(gate_), progress_(absl::Seconds(options.stall_seconds)), load_log_(absl::Seconds(options.log_load_seconds)) {}
+    : options_(options),
+      inference_(options_, gate_),
+      memory_(gate_),
+      progress_(absl::Seconds(options.stall_seconds)),
+      load_log_(absl::Seconds(options.log_load_seconds)) {}
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Listen(const ServerOptions& options) {
   if (absl::Status status = Check(options); !status.ok()) return status;

@@ -47,7 +47,8 @@ class Transformer {
 
   // This rank's columns of chosen rows of a value table, widened to float: [rows.size(), columns]. `experts`: of PEER's u. Uses the
   // scratch of a step: none may be under way on another thread. An error only for what a row store can get wrong.
-  absl::StatusOr<std::vector<float>> ReadRows(kernels::Backend& backend, int64_t table, bool experts, absl::Span<const int32_t> rows) const;
+  absl::StatusOr<std::vector<float>> ReadRows(kernels::Backend& backend, int64_t table, bool experts,
+                                              absl::Span<const int32_t> rows) const;
 
   const std::vector<std::unique_ptr<ValueTable>>& value_tables() const { return tables_; }
   int64_t count_bytes() const { return count_bytes_; }  // that row counters take of the workspace

@@ -23,7 +23,7 @@ struct ValueTable {
   std::vector<int64_t> widths;  // columns of each rank
   std::shared_ptr<kernels::RowStore> values;    // null while planning
   std::shared_ptr<kernels::RowStore> values_u;  // PEER only: what the token's vector is multiplied with
-  uint32_t* counts = nullptr;  // [rows], on the device: how often each was read; null: not counted
+  uint32_t* counts = nullptr;                   // [rows], on the device: how often each was read; null: not counted
 };
 
 // Loads the tables of all memory layers: one for all with mem_share_values, else one each. A shared table may be listed under any or

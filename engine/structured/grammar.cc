@@ -52,7 +52,8 @@ absl::Status Validate(const StructuredOutput& structured) {
   size_t bytes = 0;
   for (size_t i = 0; i < structured.choices.size(); ++i) {
     if (structured.choices[i].empty()) return Bad(structured, absl::StrCat("text ", i, " is empty"));
-    if (FindBrokenUtf8(structured.choices[i]) != std::string::npos) return Bad(structured, absl::StrCat("text ", i, " is not UTF-8"));
+    if (FindBrokenUtf8(structured.choices[i]) != std::string::npos)
+      return Bad(structured, absl::StrCat("text ", i, " is not UTF-8"));
     if (structured.choices[i].find('\0') != std::string::npos) return Bad(structured, absl::StrCat("text ", i, " has a byte 0"));
     bytes += structured.choices[i].size();
   }
@@ -74,8 +75,8 @@ absl::Status TryGrammar(const Grammar& grammar, int vocab_size, absl::Duration l
       const bool matches = matcher->MoveTo(drawn);
       const std::vector<uint32_t>& allowed = matcher->Allowed();
       if (matcher->slowest() > limit) {
-        return absl::InvalidArgumentError(absl::StrCat("finding out what may come next took more than ", absl::FormatDuration(limit),
-                                                       " for one token (--grammar_mask_timeout_ms)"));
+        return absl::InvalidArgumentError(absl::StrCat("finding out what may come next took more than ",
+                                                       absl::FormatDuration(limit), " for one token (--grammar_mask_timeout_ms)"));
       }
       next.clear();
       for (int32_t id = 0; id < vocab_size; ++id) {
@@ -98,7 +99,8 @@ absl::Status NotBuilt() { return absl::UnimplementedError("structured: this serv
 
 absl::StatusOr<std::unique_ptr<GrammarVocabulary>> GrammarVocabulary::New(const std::vector<std::string>&) { return NotBuilt(); }
 absl::StatusOr<std::string> CompileGrammar(const GrammarVocabulary&, const StructuredOutput&) { return NotBuilt(); }
-absl::StatusOr<std::shared_ptr<const Grammar>> ReadGrammar(std::shared_ptr<const GrammarVocabulary>, StructuredOutput::Kind, const std::string&) {
+absl::StatusOr<std::shared_ptr<const Grammar>> ReadGrammar(std::shared_ptr<const GrammarVocabulary>, StructuredOutput::Kind,
+                                                           const std::string&) {
   return NotBuilt();
 }
 
@@ -150,8 +152,9 @@ class Vocabulary final : public GrammarVocabulary {
   }
 
   const xgrammar::TokenizerInfo info;
-  std::vector<uint32_t> text;       // the tokens that stand for some
-  std::vector<uint32_t> json_text;  // of those without control characters, which the library lets into JSON strings of bounded length
+  std::vector<uint32_t> text;  // the tokens that stand for some
+  std::vector<uint32_t>
+      json_text;  // of those without control characters, which the library lets into JSON strings of bounded length
 };
 
 absl::Duration ThreadTime() {
@@ -194,7 +197,8 @@ class Matcher final : public GrammarMatcher {
     const std::vector<uint32_t>& text = text_;
     std::vector<uint32_t> mask(text.size());
     int64_t shape[] = {static_cast<int64_t>(mask.size())};
-    DLTensor tensor = {.data = mask.data(), .device = {kDLCPU, 0}, .ndim = 1, .dtype = xgrammar::GetBitmaskDLType(), .shape = shape};
+    DLTensor tensor = {
+        .data = mask.data(), .device = {kDLCPU, 0}, .ndim = 1, .dtype = xgrammar::GetBitmaskDLType(), .shape = shape};
     bool restricts = true;
     const absl::Status status = Guard([&] { restricts = matcher_.FillNextTokenBitmask(&tensor); });
     broken_ |= !status.ok();
@@ -224,11 +228,15 @@ class Matcher final : public GrammarMatcher {
 class Compiled final : public Grammar {
  public:
   Compiled(std::shared_ptr<const Vocabulary> vocabulary, bool json, xgrammar::CompiledGrammar grammar)
-      : vocabulary_(std::move(vocabulary)), json_(json), grammar_(std::move(grammar)), bytes_(static_cast<int64_t>(grammar_.MemorySizeBytes())) {}
+      : vocabulary_(std::move(vocabulary)),
+        json_(json),
+        grammar_(std::move(grammar)),
+        bytes_(static_cast<int64_t>(grammar_.MemorySizeBytes())) {}
   int64_t bytes() const override { return bytes_; }
   std::unique_ptr<GrammarMatcher> NewMatcher() const override {
     std::unique_ptr<GrammarMatcher> matcher;
-    const absl::Status status = Guard([&] { matcher = std::make_unique<Matcher>(vocabulary_, json_ ? vocabulary_->json_text : vocabulary_->text, grammar_); });
+    const absl::Status status = Guard(
+        [&] { matcher = std::make_unique<Matcher>(vocabulary_, json_ ? vocabulary_->json_text : vocabulary_->text, grammar_); });
     return matcher;
   }
 
@@ -244,9 +252,12 @@ std::string AlternativesOf(const std::vector<std::string>& choices) {
   for (size_t i = 0; i < choices.size(); ++i) {
     absl::StrAppend(&grammar, i > 0 ? " | " : "", "\"");
     for (const char c : choices[i]) {
-      if (c == '"' || c == '\\') absl::StrAppend(&grammar, "\\", std::string(1, c));
-      else if (absl::ascii_iscntrl(c)) absl::StrAppend(&grammar, "\\u", absl::Hex(static_cast<unsigned char>(c), absl::kZeroPad4));
-      else grammar += c;
+      if (c == '"' || c == '\\')
+        absl::StrAppend(&grammar, "\\", std::string(1, c));
+      else if (absl::ascii_iscntrl(c))
+        absl::StrAppend(&grammar, "\\u", absl::Hex(static_cast<unsigned char>(c), absl::kZeroPad4));
+      else
+        grammar += c;
     }
     grammar += '"';
   }
@@ -260,14 +271,15 @@ void CheckKeywords(const nlohmann::json& schema) {
     return;
   }
   if (!schema.is_object()) return;
-  for (const char* keyword : {"not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies", "contains", "minContains",
-                              "maxContains", "$dynamicRef", "$recursiveRef"}) {
+  for (const char* keyword : {"not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies", "contains",
+                              "minContains", "maxContains", "$dynamicRef", "$recursiveRef"}) {
     if (schema.contains(keyword)) throw std::runtime_error(absl::StrCat("the keyword '", keyword, "' is not supported"));
   }
-  if (schema.value("uniqueItems", nlohmann::json(false)) != false) throw std::runtime_error("the keyword 'uniqueItems' is not supported");
+  if (schema.value("uniqueItems", nlohmann::json(false)) != false)
+    throw std::runtime_error("the keyword 'uniqueItems' is not supported");
   for (const char* alone : {"$ref", "anyOf", "oneOf", "allOf", "const", "enum"}) {
     if (!schema.contains(alone)) continue;
-    static const std::set<std::string> kBeside = {"$defs",       "definitions", "$schema", "$id",       "$comment", "title",
+    static const std::set<std::string> kBeside = {"$defs",       "definitions", "$schema",  "$id",        "$comment", "title",
                                                   "description", "default",     "examples", "deprecated", "readOnly", "writeOnly"};
     const bool of_values = alone == std::string("const") || alone == std::string("enum");
     for (const auto& [key, value] : schema.items()) {
@@ -290,7 +302,8 @@ constexpr int kMaxJsonSpaces = 8;
 
 xgrammar::Grammar Parse(const StructuredOutput& structured) {
   const auto schema = [](const std::string& text) {
-    return xgrammar::Grammar::FromJSONSchema(text, /*any_whitespace=*/true, std::nullopt, std::nullopt, /*strict_mode=*/true, kMaxJsonSpaces);
+    return xgrammar::Grammar::FromJSONSchema(text, /*any_whitespace=*/true, std::nullopt, std::nullopt, /*strict_mode=*/true,
+                                             kMaxJsonSpaces);
   };
   switch (structured.kind) {
     case StructuredOutput::Kind::kJson:
@@ -331,8 +344,8 @@ absl::StatusOr<std::string> CompileGrammar(const GrammarVocabulary& vocabulary, 
   return compiled;
 }
 
-absl::StatusOr<std::shared_ptr<const Grammar>> ReadGrammar(std::shared_ptr<const GrammarVocabulary> vocabulary, StructuredOutput::Kind kind,
-                                                           const std::string& compiled) {
+absl::StatusOr<std::shared_ptr<const Grammar>> ReadGrammar(std::shared_ptr<const GrammarVocabulary> vocabulary,
+                                                           StructuredOutput::Kind kind, const std::string& compiled) {
   const auto typed = std::static_pointer_cast<const Vocabulary>(std::move(vocabulary));
   std::shared_ptr<const Grammar> grammar;
   const absl::Status status = Guard([&] {

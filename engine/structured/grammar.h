@@ -1,5 +1,5 @@
-// What a text must look like, compiled against a vocabulary: which tokens may come next. The library behind it (xgrammar) is seen by
-// grammar.cc alone; without it (MEMSERVE_STRUCTURED off) everything here is UNIMPLEMENTED.
+// What a text must look like, compiled against a vocabulary: which tokens may come next. The library behind it (xgrammar) is seen
+// by grammar.cc alone; without it (MEMSERVE_STRUCTURED off) everything here is UNIMPLEMENTED.
 #pragma once
 
 #include <cstdint>
@@ -62,11 +62,11 @@ class Grammar {
 absl::StatusOr<std::string> CompileGrammar(const GrammarVocabulary& vocabulary, const StructuredOutput& structured);
 
 // From what CompileGrammar gave for the same vocabulary and kind.
-absl::StatusOr<std::shared_ptr<const Grammar>> ReadGrammar(std::shared_ptr<const GrammarVocabulary> vocabulary, StructuredOutput::Kind kind,
-                                                           const std::string& compiled);
+absl::StatusOr<std::shared_ptr<const Grammar>> ReadGrammar(std::shared_ptr<const GrammarVocabulary> vocabulary,
+                                                           StructuredOutput::Kind kind, const std::string& compiled);
 
-// Follows a few random texts of a compiled grammar: what is ambiguous may take minutes for a single mask, which nothing can interrupt but the
-// end of the process. INVALID_ARGUMENT: a token took more than `limit`.
+// Follows a few random texts of a compiled grammar: what is ambiguous may take minutes for a single mask, which nothing can
+// interrupt but the end of the process. INVALID_ARGUMENT: a token took more than `limit`.
 absl::Status TryGrammar(const Grammar& grammar, int vocab_size, absl::Duration limit);
 
 }  // namespace memserve::engine

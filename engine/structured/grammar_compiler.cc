@@ -11,8 +11,9 @@ namespace memserve::engine {
 namespace {
 
 constexpr absl::Duration kStartTimeout = absl::Seconds(30);  // of the worker: it sorts the vocabulary
-constexpr absl::Duration kKeepTimeouts = absl::Seconds(60);  // the machine may have been busy; but nobody gains by asking at once again
-constexpr int64_t kErrorBytes = 1024;                        // about what a kept error takes, beside its key
+constexpr absl::Duration kKeepTimeouts =
+    absl::Seconds(60);                 // the machine may have been busy; but nobody gains by asking at once again
+constexpr int64_t kErrorBytes = 1024;  // about what a kept error takes, beside its key
 constexpr size_t kMostMessageBytes = 1 << 16;
 
 }  // namespace
@@ -41,8 +42,8 @@ void GrammarCompiler::Compile(StructuredOutput structured, std::function<bool()>
         changed_.NotifyAll();
         return;
       }
-      absl::Status full =
-          absl::ResourceExhaustedError(absl::StrCat("structured: ", waiting_.size(), " grammars wait to be compiled; no more are taken"));
+      absl::Status full = absl::ResourceExhaustedError(
+          absl::StrCat("structured: ", waiting_.size(), " grammars wait to be compiled; no more are taken"));
       SetRetryAfter(absl::Seconds(1), &full);
       found = full;
     }
@@ -111,11 +112,11 @@ absl::StatusOr<std::shared_ptr<const Grammar>> GrammarCompiler::CompileNow(const
     worker_.reset();
     if (absl::IsCancelled(answer.status())) return closing_ ? absl::UnavailableError("the server is stopping") : answer.status();
     if (absl::IsDeadlineExceeded(answer.status())) {
-      return absl::DeadlineExceededError(
-          absl::StrCat(field, ": takes more than ", absl::FormatDuration(options_.timeout),
-                       " of processor time to compile and to try (--grammar_timeout_ms)"));
+      return absl::DeadlineExceededError(absl::StrCat(field, ": takes more than ", absl::FormatDuration(options_.timeout),
+                                                      " of processor time to compile and to try (--grammar_timeout_ms)"));
     }
-    return absl::InvalidArgumentError(absl::StrCat(field, ": cannot be compiled: it is nested too deeply or needs too much memory"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(field, ": cannot be compiled: it is nested too deeply or needs too much memory"));
   }
   switch (static_cast<GrammarAnswer>((*answer)[0])) {
     case GrammarAnswer::kCompiled:

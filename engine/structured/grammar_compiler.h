@@ -1,5 +1,5 @@
-// Compiles grammars on a thread of its own, in a process of its own (memserve-grammar): a grammar that explodes takes nothing but its time
-// there, and fails alone. What was compiled is kept.
+// Compiles grammars on a thread of its own, in a process of its own (memserve-grammar): a grammar that explodes takes nothing but
+// its time there, and fails alone. What was compiled is kept.
 #pragma once
 
 #include <atomic>
@@ -21,13 +21,13 @@
 namespace memserve::engine {
 
 struct GrammarCompilerOptions {
-  std::string worker;               // the program; empty: see FindWorker
-  absl::Duration timeout;           // for one grammar
-  absl::Duration mask_timeout;      // for one token, as it is tried
-  int64_t memory_bytes = 0;         // of the worker's address space
-  int64_t most_bytes = 0;           // of one compiled grammar, as the worker sends it
-  int64_t cache_bytes = 0;          // of those that are kept
-  size_t max_waiting = 64;          // grammars; more are refused
+  std::string worker;           // the program; empty: see FindWorker
+  absl::Duration timeout;       // for one grammar
+  absl::Duration mask_timeout;  // for one token, as it is tried
+  int64_t memory_bytes = 0;     // of the worker's address space
+  int64_t most_bytes = 0;       // of one compiled grammar, as the worker sends it
+  int64_t cache_bytes = 0;      // of those that are kept
+  size_t max_waiting = 64;      // grammars; more are refused
 };
 
 // Thread-safe.
@@ -40,8 +40,8 @@ class GrammarCompiler {
   // What waits is answered with UNAVAILABLE.
   ~GrammarCompiler();
 
-  // Calls back from its own thread, or at once if the grammar is kept or cannot be taken. `wanted` is asked now and then: once it is
-  // false nothing more is done for it, and the answer is CANCELLED.
+  // Calls back from its own thread, or at once if the grammar is kept or cannot be taken. `wanted` is asked now and then: once it
+  // is false nothing more is done for it, and the answer is CANCELLED.
   void Compile(StructuredOutput structured, std::function<bool()> wanted, Callback callback);
 
  private:

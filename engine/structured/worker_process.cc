@@ -9,8 +9,8 @@
 
 #include <cerrno>
 #include <csignal>
-#include <ctime>
 #include <cstring>
+#include <ctime>
 #include <filesystem>
 #include <string_view>
 #include <system_error>
@@ -22,7 +22,7 @@ namespace memserve::engine {
 namespace {
 
 constexpr absl::Duration kLook = absl::Milliseconds(20);  // whether an answer is still wanted
-constexpr int kMostWait = 4;  // times the processor time that is allowed
+constexpr int kMostWait = 4;                              // times the processor time that is allowed
 
 absl::Status Gone() { return absl::InternalError("the grammar worker is gone"); }
 
@@ -37,7 +37,8 @@ std::string FindWorker() {
   return "memserve-grammar";
 }
 
-absl::StatusOr<std::unique_ptr<WorkerProcess>> WorkerProcess::Start(const std::string& program, const std::vector<std::string>& arguments) {
+absl::StatusOr<std::unique_ptr<WorkerProcess>> WorkerProcess::Start(const std::string& program,
+                                                                    const std::vector<std::string>& arguments) {
   int ends[2];
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) {
     return absl::InternalError(absl::StrCat("socketpair: ", std::strerror(errno)));
@@ -88,7 +89,8 @@ absl::Duration WorkerProcess::ProcessorTime() const {
 absl::Status WorkerProcess::Await(short events, absl::Duration timeout, const std::function<bool()>& wanted) {
   while (true) {
     if (!wanted()) return absl::CancelledError("no longer wanted");
-    if (ProcessorTime() - used_before_ > timeout || absl::Now() - asked_ > kMostWait * timeout) return absl::DeadlineExceededError("the grammar worker took too long");
+    if (ProcessorTime() - used_before_ > timeout || absl::Now() - asked_ > kMostWait * timeout)
+      return absl::DeadlineExceededError("the grammar worker took too long");
     pollfd ready = {.fd = socket_, .events = events};
     if (poll(&ready, 1, static_cast<int>(absl::ToInt64Milliseconds(kLook))) > 0) return absl::OkStatus();
   }
@@ -104,8 +106,10 @@ absl::StatusOr<std::string> WorkerProcess::Ask(const std::string& frame, absl::D
   for (size_t sent = 0; sent < bytes.size();) {
     if (absl::Status s = Await(POLLOUT, timeout, wanted); !s.ok()) return s;
     const ssize_t now = send(socket_, bytes.data() + sent, bytes.size() - sent, MSG_NOSIGNAL);
-    if (now > 0) sent += static_cast<size_t>(now);
-    else if (errno != EAGAIN && errno != EINTR) return Gone();
+    if (now > 0)
+      sent += static_cast<size_t>(now);
+    else if (errno != EAGAIN && errno != EINTR)
+      return Gone();
   }
   const auto receive = [&](char* to, size_t size) -> absl::Status {
     while (size > 0) {

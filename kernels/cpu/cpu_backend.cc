@@ -71,7 +71,9 @@ class CpuBackend final : public Backend {
   void MatMul(const MatMulArgs& args) override;
   void Rope(const RopeArgs& args) override;
   void KvWrite(const KvWriteArgs& args) override;
-  void MakeReady(std::vector<std::pair<void*, int64_t>> ranges) override { prefault_ = std::make_unique<Prefault>(std::move(ranges)); }
+  void MakeReady(std::vector<std::pair<void*, int64_t>> ranges) override {
+    prefault_ = std::make_unique<Prefault>(std::move(ranges));
+  }
   void KvCopy(const KvCopyArgs& args) override;
   void Attention(const AttentionArgs& args) override;
   void SiluProduct(const SiluProductArgs& args) override;
@@ -176,7 +178,8 @@ void CpuBackend::KvCopy(const KvCopyArgs& args) {
   for (int64_t i = 0; i < args.pages_from_to.dim(0); ++i) {
     const int64_t from = args.pages_from_to(i, 0), to = args.pages_from_to(i, 1);
     MEMSERVE_CHECK(from >= 0 && from < args.pages.num_pages && to >= 0 && to < args.pages.num_pages && from != to);
-    for (void* of : {args.pages.keys, args.pages.values}) Copy(static_cast<char*>(of) + to * bytes, static_cast<const char*>(of) + from * bytes, bytes);
+    for (void* of : {args.pages.keys, args.pages.values})
+      Copy(static_cast<char*>(of) + to * bytes, static_cast<const char*>(of) + from * bytes, bytes);
     if (!args.pages.quantised()) continue;
     for (float* of : {args.pages.key_scales(), args.pages.value_scales()}) {
       Copy(of + to * scales, of + from * scales, scales * static_cast<int64_t>(sizeof(float)));
@@ -306,7 +309,8 @@ void CpuBackend::AdjustLogits(const AdjustLogitsArgs& args) {
 void CpuBackend::TopLogprobs(const TopLogprobsArgs& args) {
   MEMSERVE_CHECK_EQ(args.counts.dim(0), args.logits.dim(0));
   MEMSERVE_CHECK(args.tokens.shape == args.logprobs.shape && args.tokens.dim(0) == args.logits.dim(0));
-  MEMSERVE_CHECK(args.chosen.size() == 0 || (args.chosen.dim(0) == args.logits.dim(0) && args.chosen_logprobs.shape == args.chosen.shape));
+  MEMSERVE_CHECK(args.chosen.size() == 0 ||
+                 (args.chosen.dim(0) == args.logits.dim(0) && args.chosen_logprobs.shape == args.chosen.shape));
   functions_.top_logprobs(context_, args);
 }
 

@@ -1,5 +1,5 @@
-// Has the kernel back memory before it is used: the first touch of a huge page takes milliseconds, and the keys and values of all layers
-// reach their next one in the same step.
+// Has the kernel back memory before it is used: the first touch of a huge page takes milliseconds, and the keys and values of all
+// layers reach their next one in the same step.
 #pragma once
 
 #include <atomic>
@@ -12,8 +12,8 @@ namespace memserve::kernels::cpu {
 
 class Prefault {
  public:
-  // Goes through all ranges [address, bytes) side by side from their beginnings, on a thread of low priority. What is in them stays. Memory
-  // that is gone meanwhile does no harm.
+  // Goes through all ranges [address, bytes) side by side from their beginnings, on a thread of low priority. What is in them
+  // stays. Memory that is gone meanwhile does no harm.
   explicit Prefault(std::vector<std::pair<void*, int64_t>> ranges);
   ~Prefault();  // stops
 

@@ -123,7 +123,8 @@ void KvCopy(const KvCopyArgs& args) {
       for (int64_t at = 0; at < pages.page_size; ++at) {
         for (int64_t kv = 0; kv < pages.kv_heads; ++kv) {
           for (int64_t d = 0; d < pages.head_dim; ++d) {
-            values.Set(Place(pages, to * pages.page_size + at, kv, d), values.Get(Place(pages, from * pages.page_size + at, kv, d)));
+            values.Set(Place(pages, to * pages.page_size + at, kv, d),
+                       values.Get(Place(pages, from * pages.page_size + at, kv, d)));
           }
         }
       }

@@ -107,28 +107,31 @@ void BenchModel() {
     const engine::StepSummary steps = engine->load().recent;
     const double tokens_per_second = static_cast<double>(streams * decode) / Median(wall);
     if (absl::GetFlag(FLAGS_json)) {
-      std::printf("%s\n", absl::StrFormat(R"({"name": "model", "batch": %d, "prompt": %d, "decode": %d, "median_seconds": %.9g, )"
-                                          R"("min_seconds": %.9g, "max_seconds": %.9g, "tokens_per_second": %.6g, "token_seconds": %.9g, )"
-                                          R"("step_median_seconds": %.6g, "step_p99_seconds": %.6g, "schedule_share": %.5g, )"
-                                          R"("forward_share": %.5g, "sample_share": %.5g, "hand_over_share": %.5g, "output_share": %.5g})",
-                                          streams, prompt, decode, Median(wall), *std::min_element(wall.begin(), wall.end()),
-                                          *std::max_element(wall.begin(), wall.end()), tokens_per_second, Median(decoding), steps.median_seconds, steps.p99_seconds,
-                                          steps.schedule_share, steps.forward_share, steps.sample_share, steps.hand_over_share,
-                                          steps.output_share)
-                              .c_str());
+      std::printf("%s\n",
+                  absl::StrFormat(R"({"name": "model", "batch": %d, "prompt": %d, "decode": %d, "median_seconds": %.9g, )"
+                                  R"("min_seconds": %.9g, "max_seconds": %.9g, "tokens_per_second": %.6g, "token_seconds": %.9g, )"
+                                  R"("step_median_seconds": %.6g, "step_p99_seconds": %.6g, "schedule_share": %.5g, )"
+                                  R"("forward_share": %.5g, "sample_share": %.5g, "hand_over_share": %.5g, "output_share": %.5g})",
+                                  streams, prompt, decode, Median(wall), *std::min_element(wall.begin(), wall.end()),
+                                  *std::max_element(wall.begin(), wall.end()), tokens_per_second, Median(decoding),
+                                  steps.median_seconds, steps.p99_seconds, steps.schedule_share, steps.forward_share,
+                                  steps.sample_share, steps.hand_over_share, steps.output_share)
+                      .c_str());
     } else {
-      std::printf("%s\n", absl::StrFormat("model %s, %d streams, prompt %d, decode %d: %.0f tokens/s, %.1f µs a token of one stream "
-                                          "(%.1f … %.1f)",
-                                          engine->model().name, streams, prompt, decode, tokens_per_second, Median(decoding) * 1e6,
-                                          *std::min_element(decoding.begin(), decoding.end()) * 1e6,
-                                          *std::max_element(decoding.begin(), decoding.end()) * 1e6)
-                              .c_str());
-      std::printf("%s\n", absl::StrFormat("  the last %d steps: median %.1f µs, p99 %.1f; schedule %.2f %%, forward %.2f %%, sample %.2f %%, "
-                                          "hand over %.2f %%; beside it the output thread %.2f %%",
-                                          steps.steps, steps.median_seconds * 1e6, steps.p99_seconds * 1e6, 100 * steps.schedule_share,
-                                          100 * steps.forward_share, 100 * steps.sample_share, 100 * steps.hand_over_share,
-                                          100 * steps.output_share)
-                              .c_str());
+      std::printf("%s\n",
+                  absl::StrFormat("model %s, %d streams, prompt %d, decode %d: %.0f tokens/s, %.1f µs a token of one stream "
+                                  "(%.1f … %.1f)",
+                                  engine->model().name, streams, prompt, decode, tokens_per_second, Median(decoding) * 1e6,
+                                  *std::min_element(decoding.begin(), decoding.end()) * 1e6,
+                                  *std::max_element(decoding.begin(), decoding.end()) * 1e6)
+                      .c_str());
+      std::printf("%s\n",
+                  absl::StrFormat(
+                      "  the last %d steps: median %.1f µs, p99 %.1f; schedule %.2f %%, forward %.2f %%, sample %.2f %%, "
+                      "hand over %.2f %%; beside it the output thread %.2f %%",
+                      steps.steps, steps.median_seconds * 1e6, steps.p99_seconds * 1e6, 100 * steps.schedule_share,
+                      100 * steps.forward_share, 100 * steps.sample_share, 100 * steps.hand_over_share, 100 * steps.output_share)
+                      .c_str());
     }
     std::fflush(stdout);
   }

@@ -19,9 +19,8 @@
 namespace memserve::engine {
 namespace {
 
-using ::testing::HasSubstr;
-using ::testing::IsEmpty;
 using memserve::testing::Collector;
+using memserve::testing::ExpectNoPagesLeft;
 using memserve::testing::Generate;
 using memserve::testing::GenerateChoices;
 using memserve::testing::Generated;
@@ -29,8 +28,9 @@ using memserve::testing::GoldenCase;
 using memserve::testing::LoadGolden;
 using memserve::testing::ParityOptions;
 using memserve::testing::Score;
-using memserve::testing::ExpectNoPagesLeft;
 using memserve::testing::Start;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
 
 EngineOptions OptionsOfA() { return ParityOptions(std::string(MEMSERVE_GOLDEN_DIR) + "/A/checkpoint"); }
 
@@ -63,7 +63,9 @@ TEST(ChoicesTest, EachIsDrawnWithRandomNumbersOfItsOwnAndTheFirstIsTheOnlyOneOfO
     different.insert(five[choice].token_ids);
   }
   EXPECT_EQ(different.size(), 5u);
-  EXPECT_EQ(std::accumulate(five.begin(), five.end(), 0, [](int sum, const Generated& g) { return sum + g.finished->usage.all_completion_tokens; }), 5 * 24)
+  EXPECT_EQ(std::accumulate(five.begin(), five.end(), 0,
+                            [](int sum, const Generated& g) { return sum + g.finished->usage.all_completion_tokens; }),
+            5 * 24)
       << "told once, with the last";
   ExpectNoPagesLeft(*engine);
 }
@@ -74,7 +76,8 @@ TEST(ChoicesTest, SharedPagesChangeNothingWhateverTheSteps) {
   request.scheduling.prefix_cache = false;
   EngineOptions options = OptionsOfA();
   const std::vector<Generated> expected = GenerateChoices(*Start(options), request);
-  for (const auto& [batch_tokens, depth, pages, threads] : {std::tuple{1, 1, 0, 1}, {7, 2, 0, 2}, {64, 1, 10, 2}, {64, 2, 10, 1}, {512, 2, 0, 2}}) {
+  for (const auto& [batch_tokens, depth, pages, threads] :
+       {std::tuple{1, 1, 0, 1}, {7, 2, 0, 2}, {64, 1, 10, 2}, {64, 2, 10, 1}, {512, 2, 0, 2}}) {
     options.max_batch_tokens = batch_tokens;
     options.step_depth = depth;
     options.threads = threads;
@@ -82,7 +85,8 @@ TEST(ChoicesTest, SharedPagesChangeNothingWhateverTheSteps) {
     options.kv_cache_bytes = pages * (int64_t{1} << 14);
     const std::unique_ptr<Engine> engine = Start(options);
     ASSERT_NE(engine, nullptr);
-    EXPECT_EQ(GenerateChoices(*engine, request), expected) << batch_tokens << " tokens a step, " << depth << " in flight, " << pages << " pages";
+    EXPECT_EQ(GenerateChoices(*engine, request), expected)
+        << batch_tokens << " tokens a step, " << depth << " in flight, " << pages << " pages";
     ExpectNoPagesLeft(*engine);
   }
 }
@@ -125,7 +129,8 @@ TEST(ChoicesTest, OneEndsWhileOthersGoOnAndACancelEndsAll) {
   const std::vector<Generated> cut = GenerateChoices(*engine, request);
   for (size_t choice = 0; choice < 4; ++choice) {
     const auto found = std::find(whole[choice].token_ids.begin(), whole[choice].token_ids.end(), request.stop.token_ids[0]);
-    const std::vector<int32_t> expected(whole[choice].token_ids.begin(), found == whole[choice].token_ids.end() ? found : found + 1);
+    const std::vector<int32_t> expected(whole[choice].token_ids.begin(),
+                                        found == whole[choice].token_ids.end() ? found : found + 1);
     EXPECT_EQ(cut[choice].token_ids, expected) << choice;
     EXPECT_EQ(cut[choice].finished->reason, found == whole[choice].token_ids.end() ? FinishReason::kLength : FinishReason::kStop);
   }
@@ -187,7 +192,8 @@ TEST(DraftsTest, GuessesWhatFollowedTheLastTimeAndPausesWhereItIsWrong) {
   EXPECT_THAT(drafts.Guess({1, 2, 3}, 9), IsEmpty());
   EXPECT_THAT(drafts.Guess({1, 2, 3, 4, 9, 1, 2}, 9), ::testing::ElementsAre(3, 4, 9, 1));
   EXPECT_THAT(drafts.Guess({1, 2, 3, 4, 9, 1, 2}, 2), ::testing::ElementsAre(3, 4));
-  EXPECT_THAT(drafts.Guess({5, 1, 2, 3, 6, 1, 2, 4, 5, 1, 2}, 1), ::testing::ElementsAre(3)) << "the longer match goes before the later";
+  EXPECT_THAT(drafts.Guess({5, 1, 2, 3, 6, 1, 2, 4, 5, 1, 2}, 1), ::testing::ElementsAre(3))
+      << "the longer match goes before the later";
   EXPECT_THAT(drafts.Guess({7, 8, 7, 8}, 9), ::testing::ElementsAre(7, 8, 7, 8)) << "a guess goes on with itself";
   EXPECT_THAT(drafts.Guess({3, 1, 3}, 9), IsEmpty()) << "one token is too little";
   for (int i = 0; i < 4; ++i) drafts.Learn(4, 0);
@@ -277,7 +283,9 @@ TEST(BadWordsTest, AreNeverSpelledByTheirTokens) {
   // Three bytes, each a token, that stand in the answer.
   std::string word;
   for (size_t i = 0; i + 3 < text.size() && word.empty(); ++i) {
-    if (std::all_of(text.begin() + static_cast<int64_t>(i), text.begin() + static_cast<int64_t>(i) + 3, [](char c) { return c > ' ' && c < 127; })) word = text.substr(i, 3);
+    if (std::all_of(text.begin() + static_cast<int64_t>(i), text.begin() + static_cast<int64_t>(i) + 3,
+                    [](char c) { return c > ' ' && c < 127; }))
+      word = text.substr(i, 3);
   }
   ASSERT_FALSE(word.empty());
   request.sampling.bad_words = {word};
@@ -339,8 +347,10 @@ TEST(ChoicesTest, WrongRequestsNameFieldValueAndLimit) {
   EXPECT_EQ(error([](auto& r) { r.sampling.bad_words = {"ok", ""}; }), "bad_words: word 1 has 0 bytes; 1 to 256 are accepted");
   EXPECT_EQ(error([](auto& r) { r.sampling.bad_words.assign(129, "x"); }), "bad_words: has 129 words; at most 128 are accepted");
   EXPECT_EQ(error([](auto& r) { r.sampling.bad_words = {"\xff"}; }), "bad_words: word 0 is not UTF-8");
-  EXPECT_EQ(error([](auto& r) { r.speculation = SpeculationParams{.max_draft_tokens = 17}; }), "speculation.max_draft_tokens: 17 is not in [1, 16]");
-  EXPECT_EQ(error([](auto& r) { r.speculation = SpeculationParams{.min_ngram = 5}; }), "speculation.max_ngram: 4 is not in [5, 16]");
+  EXPECT_EQ(error([](auto& r) { r.speculation = SpeculationParams{.max_draft_tokens = 17}; }),
+            "speculation.max_draft_tokens: 17 is not in [1, 16]");
+  EXPECT_EQ(error([](auto& r) { r.speculation = SpeculationParams{.min_ngram = 5}; }),
+            "speculation.max_ngram: 4 is not in [5, 16]");
 }
 
 }  // namespace

@@ -14,18 +14,16 @@
 
 #include "engine/retry_after.h"
 #include "engine/structured/grammar.h"
+#include "nlohmann/json.hpp"
 #include "tests/support/collector.h"
 #include "tests/support/engines.h"
-#include "nlohmann/json.hpp"
 #include "tests/support/golden.h"
 
 namespace memserve::engine {
 namespace {
 
-using ::testing::ElementsAre;
-using ::testing::HasSubstr;
-using ::testing::IsEmpty;
 using memserve::testing::Collector;
+using memserve::testing::ExpectNoPagesLeft;
 using memserve::testing::Generate;
 using memserve::testing::GenerateAll;
 using memserve::testing::Generated;
@@ -34,8 +32,10 @@ using memserve::testing::GoldenSequence;
 using memserve::testing::LoadGolden;
 using memserve::testing::ParityOptions;
 using memserve::testing::Score;
-using memserve::testing::ExpectNoPagesLeft;
 using memserve::testing::Start;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
 
 constexpr char kNoMemory[] = "E";  // a dense case
 
@@ -234,30 +234,37 @@ TEST_P(InvarianceTest, AnswersDependOnTheRequestAlone) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Axes, InvarianceTest,
-                         ::testing::Values(Variation{.name = "ManyAtOnce", .golden = "A"}, Variation{.name = "OneThread", .golden = "A", .threads = 1},
-                                           Variation{.name = "ThreeThreads", .golden = "A", .threads = 3},
-                                           Variation{.name = "ChunksOfOneToken", .golden = "A", .max_batch_tokens = 1},
-                                           Variation{.name = "ChunksOfThree", .golden = "A", .max_batch_tokens = 3},
-                                           Variation{.name = "ChunksOf17", .golden = "A", .max_batch_tokens = 17, .max_sequences = 5},
-                                           Variation{.name = "BatchesOfTwo", .golden = "A", .max_sequences = 2},
-                                           Variation{.name = "BatchesOfSeven", .golden = "A", .max_sequences = 7},
-                                           Variation{.name = "BatchesOf32", .golden = "A", .max_sequences = 32},
-                                           Variation{.name = "ChunksOf16", .golden = "A", .max_batch_tokens = 16},
-                                           Variation{.name = "PagesOf32", .golden = "A", .page_size = 32},
-                                           Variation{.name = "TwoStepsInFlight", .golden = "A", .step_depth = 2},
-                                           Variation{.name = "TwoInFlightSmallChunks", .golden = "A", .max_batch_tokens = 5, .step_depth = 2},
-                                           Variation{.name = "TightCache", .golden = "A", .tight_cache = true},
-                                           Variation{.name = "TightCacheTwoInFlight", .golden = "A", .max_batch_tokens = 9, .step_depth = 2, .tight_cache = true},
-                                           Variation{.name = "Int8Kv", .golden = "A", .max_batch_tokens = 17, .threads = 3, .kv_dtype = "int8"},
-                                           Variation{.name = "Int8KvChunksOfOneToken", .golden = "A", .max_batch_tokens = 1, .kv_dtype = "int8"},
-                                           Variation{.name = "Int8KvTightCache", .golden = "A", .max_batch_tokens = 9, .step_depth = 2, .kv_dtype = "int8", .tight_cache = true},
-                                           Variation{.name = "OwnTables", .golden = "B", .max_batch_tokens = 19},
-                                           Variation{.name = "Peer", .golden = "D", .max_batch_tokens = 19},
-                                           Variation{.name = "Dense", .golden = "E", .max_batch_tokens = 19},
-                                           Variation{.name = "Bfloat16", .golden = "F", .max_batch_tokens = 19, .activation_dtype = "bf16"},
-                                           Variation{.name = "Bfloat16Weights", .golden = "H", .max_batch_tokens = 19, .weight_dtype = "bf16"}),
-                         [](const auto& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(
+    Axes, InvarianceTest,
+    ::testing::Values(
+        Variation{.name = "ManyAtOnce", .golden = "A"}, Variation{.name = "OneThread", .golden = "A", .threads = 1},
+        Variation{.name = "ThreeThreads", .golden = "A", .threads = 3},
+        Variation{.name = "ChunksOfOneToken", .golden = "A", .max_batch_tokens = 1},
+        Variation{.name = "ChunksOfThree", .golden = "A", .max_batch_tokens = 3},
+        Variation{.name = "ChunksOf17", .golden = "A", .max_batch_tokens = 17, .max_sequences = 5},
+        Variation{.name = "BatchesOfTwo", .golden = "A", .max_sequences = 2},
+        Variation{.name = "BatchesOfSeven", .golden = "A", .max_sequences = 7},
+        Variation{.name = "BatchesOf32", .golden = "A", .max_sequences = 32},
+        Variation{.name = "ChunksOf16", .golden = "A", .max_batch_tokens = 16},
+        Variation{.name = "PagesOf32", .golden = "A", .page_size = 32},
+        Variation{.name = "TwoStepsInFlight", .golden = "A", .step_depth = 2},
+        Variation{.name = "TwoInFlightSmallChunks", .golden = "A", .max_batch_tokens = 5, .step_depth = 2},
+        Variation{.name = "TightCache", .golden = "A", .tight_cache = true},
+        Variation{.name = "TightCacheTwoInFlight", .golden = "A", .max_batch_tokens = 9, .step_depth = 2, .tight_cache = true},
+        Variation{.name = "Int8Kv", .golden = "A", .max_batch_tokens = 17, .threads = 3, .kv_dtype = "int8"},
+        Variation{.name = "Int8KvChunksOfOneToken", .golden = "A", .max_batch_tokens = 1, .kv_dtype = "int8"},
+        Variation{.name = "Int8KvTightCache",
+                  .golden = "A",
+                  .max_batch_tokens = 9,
+                  .step_depth = 2,
+                  .kv_dtype = "int8",
+                  .tight_cache = true},
+        Variation{.name = "OwnTables", .golden = "B", .max_batch_tokens = 19},
+        Variation{.name = "Peer", .golden = "D", .max_batch_tokens = 19},
+        Variation{.name = "Dense", .golden = "E", .max_batch_tokens = 19},
+        Variation{.name = "Bfloat16", .golden = "F", .max_batch_tokens = 19, .activation_dtype = "bf16"},
+        Variation{.name = "Bfloat16Weights", .golden = "H", .max_batch_tokens = 19, .weight_dtype = "bf16"}),
+    [](const auto& info) { return info.param.name; });
 
 TEST(EngineTest, TwoAndThreeRanksGiveTheTokensOfOne) {
   for (const char* name : {"A", "B", "D", "E", "H"}) {

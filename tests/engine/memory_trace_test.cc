@@ -188,14 +188,15 @@ TEST(MemoryTraceTest, ATraceIsTheSameHoweverStepsAreCut) {
     }
   }
   for (const auto& [name, batch_tokens, depth, cache_bytes, speculative] :
-       std::vector<std::tuple<std::string, int, int, int64_t, bool>>{{"together", 512, 1, 0, false},
-                                                                     {"one token a step", 1, 1, 0, false},
-                                                                     {"small chunks", 7, 1, 0, false},
-                                                                     {"two steps in flight", 9, 2, 0, false},
-                                                                     {"preempted", 64, 1, 3 << 16, false},
-                                                                     {"preempted, two in flight", 9, 2, 3 << 16, false},
-                                                                     {"speculative", 512, 1, 0, true},
-                                                                     {"speculative, preempted, two in flight", 30, 2, 3 << 16, true}}) {
+       std::vector<std::tuple<std::string, int, int, int64_t, bool>>{
+           {"together", 512, 1, 0, false},
+           {"one token a step", 1, 1, 0, false},
+           {"small chunks", 7, 1, 0, false},
+           {"two steps in flight", 9, 2, 0, false},
+           {"preempted", 64, 1, 3 << 16, false},
+           {"preempted, two in flight", 9, 2, 3 << 16, false},
+           {"speculative", 512, 1, 0, true},
+           {"speculative, preempted, two in flight", 30, 2, 3 << 16, true}}) {
     if (speculative) {
       for (GenerateRequest& request : requests) request.speculation = SpeculationParams{.min_ngram = 1};
     }

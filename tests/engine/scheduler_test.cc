@@ -316,13 +316,15 @@ void RunModel(int seed, int events) {
       }
       if (random() % 40 == 0 && !alive.empty()) remove(alive[random() % alive.size()]);
       if (static_cast<int>(in_flight.size()) == depth) collect();
-      StepPlan plan = scheduler.Schedule(step++, absl::Now(), StepTimes(absl::Seconds(1), absl::Seconds(1.5) / (1 + random() % 30), absl::ZeroDuration()));
+      StepPlan plan = scheduler.Schedule(
+          step++, absl::Now(), StepTimes(absl::Seconds(1), absl::Seconds(1.5) / (1 + random() % 30), absl::ZeroDuration()));
       const Batch& batch = plan.batch;
       ASSERT_LE(batch.num_tokens(), 24);
       ASSERT_LE(scheduler.running(), 6);
       for (size_t i = 0; i < batch.page_copies.size(); i += 2) {
         ++forks;
-        std::copy_n(held_by_slot.begin() + batch.page_copies[i] * kPageSize, kPageSize, held_by_slot.begin() + batch.page_copies[i + 1] * kPageSize);
+        std::copy_n(held_by_slot.begin() + batch.page_copies[i] * kPageSize, kPageSize,
+                    held_by_slot.begin() + batch.page_copies[i + 1] * kPageSize);
       }
       std::map<int64_t, int> written;
       for (int64_t slot : batch.kv_slots) ASSERT_EQ(++written[slot], 1) << "two tokens of a step write one slot";

@@ -1,5 +1,5 @@
-// Thousands of streams at once from several threads, a third of them cancelled at random, a tenth wrong in some way. What ends as it
-// should is what it would be alone, and nothing is left behind.
+// Thousands of streams at once from several threads, a third of them cancelled at random, a tenth wrong in some way. What ends as
+// it should is what it would be alone, and nothing is left behind.
 
 #include <gtest/gtest.h>
 
@@ -51,14 +51,30 @@ std::vector<GenerateRequest> Kinds(const GoldenCase& golden) {
 
 GenerateRequest MakeWrong(GenerateRequest request, int way) {
   switch (way % 8) {
-    case 0: request.prompt = std::vector<int32_t>{1, 1 << 30}; break;
-    case 1: request.sampling.temperature = -1; break;
-    case 2: request.stop.strings.assign(100, "x"); break;
-    case 3: request.prompt = std::vector<int32_t>(100000, 5); break;
-    case 4: request.n = -3; break;
-    case 5: request.deadline = absl::Now() + absl::Microseconds(way); break;
-    case 6: request.memory.masked_rows = {1 << 30}; break;
-    case 7: request.prompt = std::vector<int32_t>{}; break;
+    case 0:
+      request.prompt = std::vector<int32_t>{1, 1 << 30};
+      break;
+    case 1:
+      request.sampling.temperature = -1;
+      break;
+    case 2:
+      request.stop.strings.assign(100, "x");
+      break;
+    case 3:
+      request.prompt = std::vector<int32_t>(100000, 5);
+      break;
+    case 4:
+      request.n = -3;
+      break;
+    case 5:
+      request.deadline = absl::Now() + absl::Microseconds(way);
+      break;
+    case 6:
+      request.memory.masked_rows = {1 << 30};
+      break;
+    case 7:
+      request.prompt = std::vector<int32_t>{};
+      break;
   }
   return request;
 }
@@ -119,10 +135,17 @@ class SoakListener final : public GenerateListener {
       ++(expected_ != nullptr && heard_ == *expected_ ? tally_.equal : tally_.different);
     } else {
       switch (finished.status().code()) {
-        case absl::StatusCode::kCancelled: ++tally_.cancelled; break;
-        case absl::StatusCode::kInvalidArgument: ++tally_.refused; break;
-        case absl::StatusCode::kDeadlineExceeded: ++tally_.late; break;
-        default: ++tally_.other;
+        case absl::StatusCode::kCancelled:
+          ++tally_.cancelled;
+          break;
+        case absl::StatusCode::kInvalidArgument:
+          ++tally_.refused;
+          break;
+        case absl::StatusCode::kDeadlineExceeded:
+          ++tally_.late;
+          break;
+        default:
+          ++tally_.other;
       }
     }
     gate_.Leave();
@@ -175,7 +198,8 @@ void Soak(int streams) {
         if (wrong) request = MakeWrong(std::move(request), static_cast<int>(random() % 1000));
         const int cancel_after = cancelled ? 1 + static_cast<int>(random() % 20) : 0;
         const std::string id = request.id;
-        engine->Generate(request, std::make_shared<SoakListener>(*engine, gate, tally, id, wrong ? nullptr : &solo[kind], cancel_after));
+        engine->Generate(request,
+                         std::make_shared<SoakListener>(*engine, gate, tally, id, wrong ? nullptr : &solo[kind], cancel_after));
         if (cancelled && random() % 2 == 0) engine->Cancel(id);  // queued, being tokenised, or in its first step
       }
     });
@@ -199,8 +223,9 @@ void Soak(int streams) {
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // these keep what was freed for a while
   EXPECT_LT(growth, 8 << 10) << "KiB since a quarter of the streams";
 #endif
-  std::printf("%d streams: %d equal to their solo run, %d cancelled, %d refused, %d late; %ld preemptions, %ld KiB grown\n", streams, tally.equal.load(),
-              tally.cancelled.load(), tally.refused.load(), tally.late.load(), static_cast<long>(load.preemptions), static_cast<long>(growth));
+  std::printf("%d streams: %d equal to their solo run, %d cancelled, %d refused, %d late; %ld preemptions, %ld KiB grown\n",
+              streams, tally.equal.load(), tally.cancelled.load(), tally.refused.load(), tally.late.load(),
+              static_cast<long>(load.preemptions), static_cast<long>(growth));
 }
 
 TEST(SoakTest, AThousandStreamsLeaveNothingBehind) { Soak(1000); }

@@ -17,15 +17,15 @@
 namespace memserve::engine {
 namespace {
 
-using ::testing::HasSubstr;
-using ::testing::StartsWith;
 using memserve::testing::Collector;
+using memserve::testing::ExpectNoPagesLeft;
 using memserve::testing::Generate;
 using memserve::testing::GenerateAll;
 using memserve::testing::Generated;
 using memserve::testing::ParityOptions;
-using memserve::testing::ExpectNoPagesLeft;
 using memserve::testing::Start;
+using ::testing::HasSubstr;
+using ::testing::StartsWith;
 using Kind = StructuredOutput::Kind;
 
 EngineOptions Options(const std::string& golden) {
@@ -63,7 +63,6 @@ class StructuredTest : public ::testing::Test {
   static absl::Status Error(Engine& engine, StructuredOutput structured) {
     return Generate(engine, Request(std::move(structured), 1)).finished.status();
   }
-
 };
 
 // A vocabulary of bytes, one of SentencePiece, one of tiktoken.
@@ -124,13 +123,14 @@ TEST_P(StructuredKindsTest, AnyJsonIsJson) {
 
 TEST_P(StructuredKindsTest, AGrammarMayNest) {
   const std::unique_ptr<Engine> engine = Start(Options(GetParam()));
-  const std::vector<std::string> texts =
-      Texts(*engine, {.kind = Kind::kGrammar, .text = "root ::= pair\npair ::= \"(\" pair \")\" | \"[\" pair \"]\" | [a-z]{1,2}\n"});
+  const std::vector<std::string> texts = Texts(
+      *engine, {.kind = Kind::kGrammar, .text = "root ::= pair\npair ::= \"(\" pair \")\" | \"[\" pair \"]\" | [a-z]{1,2}\n"});
   EXPECT_GT(texts.size(), 10u);
   for (const std::string& text : texts) {
     std::string open;
     for (const char c : text) {
-      if (c == '(' || c == '[') open += c;
+      if (c == '(' || c == '[')
+        open += c;
       else if (c == ')' || c == ']') {
         ASSERT_FALSE(open.empty()) << text;
         EXPECT_EQ(open.back(), c == ')' ? '(' : '[') << text;
@@ -211,7 +211,8 @@ TEST_F(StructuredTest, WhatCannotBeParsedIsAnErrorOfOneLine) {
   expect({.kind = Kind::kJsonSchema, .text = "{\"$ref\":\"#/nowhere\"}"}, "structured.json_schema: ");
   expect({.kind = Kind::kJsonSchema, .text = "{\"type\":\"number\",\"multipleOf\":0.3}"}, "structured.json_schema: ");
   expect({.kind = Kind::kChoice}, "structured.choice: has 0 texts; 1 to 1024 are accepted");
-  expect({.kind = Kind::kChoice, .choices = std::vector<std::string>(1025, "a")}, "structured.choice: has 1025 texts; 1 to 1024 are accepted");
+  expect({.kind = Kind::kChoice, .choices = std::vector<std::string>(1025, "a")},
+         "structured.choice: has 1025 texts; 1 to 1024 are accepted");
   expect({.kind = Kind::kChoice, .choices = {"a", ""}}, "structured.choice: text 1 is empty");
   EXPECT_EQ(Generate(*engine, Request({.kind = Kind::kRegex, .text = "[xy]"}, 1)).text.size(), 1u);
 }
@@ -267,7 +268,8 @@ TEST_F(StructuredTest, AnAmbiguousGrammarStallsNobody) {
   const absl::Time begin = absl::Now();
   const absl::Status status = Error(*engine, {.kind = Kind::kGrammar, .text = Bomb(70)});
   EXPECT_TRUE(absl::IsInvalidArgument(status)) << status;
-  EXPECT_THAT(std::string(status.message()), ::testing::AnyOf(HasSubstr("(--grammar_timeout_ms)"), HasSubstr("(--grammar_mask_timeout_ms)")));
+  EXPECT_THAT(std::string(status.message()),
+              ::testing::AnyOf(HasSubstr("(--grammar_timeout_ms)"), HasSubstr("(--grammar_mask_timeout_ms)")));
   EXPECT_LT(absl::Now() - begin, absl::Seconds(5));
   EXPECT_EQ(engine->load().steps, 0) << "the engine thread had to find out";
   EXPECT_EQ(Generate(*engine, Request({.kind = Kind::kRegex, .text = "[xy]"}, 1)).text.size(), 1u);

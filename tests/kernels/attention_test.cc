@@ -174,7 +174,8 @@ class Cache {
   std::vector<int32_t> block_tables_;          // [sequences, most_pages]
 };
 
-// Below the normal range products may be flushed to 0. Rounding moves a score by at most δ = head_dim × epsilon × Σ|q k|, hence a weight by the factor exp(±2δ) ≈ 1 ± 2δ.
+// Below the normal range products may be flushed to 0. Rounding moves a score by at most δ = head_dim × epsilon × Σ|q k|, hence a
+// weight by the factor exp(±2δ) ≈ 1 ± 2δ.
 std::vector<double> Tolerance(const Problem& problem) {
   const auto reference = NewReferenceBackend();
   Problem absolute = problem;

@@ -1,5 +1,5 @@
-// What a client can get wrong, through gRPC into a real engine: each is answered with a code and a line that names field, value and limit,
-// and nothing else is disturbed.
+// What a client can get wrong, through gRPC into a real engine: each is answered with a code and a line that names field, value and
+// limit, and nothing else is disturbed.
 #include <functional>
 #include <limits>
 #include <memory>
@@ -120,7 +120,8 @@ TEST_F(BadInputTest, EveryParameterOutOfRangeIsNamedWithValueAndLimit) {
       {"logit_bias[3]", "inf", "[-1000, 1000]", [&](auto& r) { (*r.mutable_sampling()->mutable_logit_bias())[3] = inf; }},
       {"banned_token_ids", "1025 ids", "1024", [](auto& r) { r.mutable_sampling()->mutable_banned_token_ids()->Resize(1025, 1); }},
       {"banned_token_ids", "258", "[0, 258)", [](auto& r) { r.mutable_sampling()->add_banned_token_ids(258); }},
-      {"allowed_token_ids", "100000 ids", "258", [](auto& r) { r.mutable_sampling()->mutable_allowed_token_ids()->Resize(100'000, 1); }},
+      {"allowed_token_ids", "100000 ids", "258",
+       [](auto& r) { r.mutable_sampling()->mutable_allowed_token_ids()->Resize(100'000, 1); }},
       {"allowed_token_ids", "-1", "[0, 258)", [](auto& r) { r.mutable_sampling()->add_allowed_token_ids(-1); }},
       {"allowed_token_ids", "all of them are banned", "",
        [](auto& r) {
@@ -153,7 +154,8 @@ TEST_F(BadInputTest, EveryParameterOutOfRangeIsNamedWithValueAndLimit) {
   numbers("frequency_penalty", "[-100, 100]", {-101, 101, nan, -inf}, [](auto& s, float v) { s.set_frequency_penalty(v); });
   if (engine::StructuredOutputIsBuilt()) {
     cases.push_back({"structured.regex", "0 bytes", "65536", [](auto& r) { r.mutable_structured()->set_regex(""); }});
-    cases.push_back({"structured.regex", "65537 bytes", "65536", [](auto& r) { r.mutable_structured()->set_regex(std::string(65537, 'a')); }});
+    cases.push_back(
+        {"structured.regex", "65537 bytes", "65536", [](auto& r) { r.mutable_structured()->set_regex(std::string(65537, 'a')); }});
     cases.push_back({"structured.choice", "0 texts", "1024", [](auto& r) { r.mutable_structured()->mutable_choice(); }});
     cases.push_back({"structured.choice", "100000 texts", "1024", [](auto& r) {
                        for (int i = 0; i < 100'000; ++i) r.mutable_structured()->mutable_choice()->add_texts("a");
@@ -189,7 +191,8 @@ TEST_F(BadInputTest, GrammarsThatExplodeFailAlone) {
   for (const size_t regex : {0, 1}) may_compile[regex] = true;  // with a vocabulary as small as this one
   add([](auto& s) {
     std::string properties;
-    for (int i = 0; i < 300; ++i) absl::StrAppend(&properties, i == 0 ? "" : ",", "\"p", i, "\":{\"type\":\"string\",\"maxLength\":1000000}");
+    for (int i = 0; i < 300; ++i)
+      absl::StrAppend(&properties, i == 0 ? "" : ",", "\"p", i, "\":{\"type\":\"string\",\"maxLength\":1000000}");
     s.set_json_schema("{\"type\":\"object\",\"properties\":{" + properties + "}}");
   });
   add([](auto& s) { s.set_regex(std::string(30'000, '(') + "a" + std::string(30'000, ')')); });
@@ -246,7 +249,8 @@ TEST_F(BadInputTest, AFloodOfMetadataIsRefusedOrIgnored) {
         EXPECT_TRUE(heard.status.ok());
       } else {
         // The call is refused, or, where the flood does not fit gRPC's buffers, its connection closed.
-        EXPECT_THAT(heard.status.error_code(), ::testing::AnyOf(grpc::StatusCode::RESOURCE_EXHAUSTED, grpc::StatusCode::UNAVAILABLE));
+        EXPECT_THAT(heard.status.error_code(),
+                    ::testing::AnyOf(grpc::StatusCode::RESOURCE_EXHAUSTED, grpc::StatusCode::UNAVAILABLE));
       }
     }
   }

@@ -172,7 +172,9 @@ TEST_F(ClientTest, JsonIsOneObjectALine) {
   EXPECT_EQ(status_, 0);
   const std::string& out = program->out();
   const size_t end = out.find('\n');
-  EXPECT_EQ(out.substr(0, end), R"({"delta":{"text":"é","token_ids":[5],"logprobs":[-0.1],"token_bytes":["/wE="],"top_logprobs":[],"choice":0,"chosen_logprobs":[],"memory_traces":[]}})");
+  EXPECT_EQ(
+      out.substr(0, end),
+      R"({"delta":{"text":"é","token_ids":[5],"logprobs":[-0.1],"token_bytes":["/wE="],"top_logprobs":[],"choice":0,"chosen_logprobs":[],"memory_traces":[]}})");
   const nlohmann::json finished = nlohmann::json::parse(out.substr(end)).at("finished");
   EXPECT_EQ(finished.at("reason"), "FINISH_REASON_LENGTH");
   EXPECT_EQ(finished.at("seed").get<uint64_t>(), ~uint64_t{0});
@@ -205,7 +207,8 @@ TEST_F(ClientTest, TheQueriesPrintWhatTheServerSays) {
 }
 
 TEST_F(ClientTest, MemoryFlagsReachTheEngine) {
-  auto program = Start({"complete", "x", "--memory_knn=3", "--memory_layers=1,4", "--masked_rows=7,1000", "--trace", "--trace_entries=2", "--trace_tokens=5"});
+  auto program = Start({"complete", "x", "--memory_knn=3", "--memory_layers=1,4", "--masked_rows=7,1000", "--trace",
+                        "--trace_entries=2", "--trace_tokens=5"});
   const FakeEngine::Generation generation = engine_->NextGeneration();
   EXPECT_EQ(generation.request.memory.knn, 3);
   EXPECT_THAT(generation.request.memory.layers, ::testing::ElementsAre(1, 4));
@@ -213,9 +216,11 @@ TEST_F(ClientTest, MemoryFlagsReachTheEngine) {
   ASSERT_TRUE(generation.request.memory_trace.has_value());
   EXPECT_EQ(generation.request.memory_trace->entries, 2);
   EXPECT_EQ(generation.request.memory_trace->tokens, 5);
-  generation.listener->OnDelta({.text = "y",
-                                .token_ids = {9},
-                                .memory_traces = {{.position = 6, .token_id = 8, .layers = {{.layer = 4, .heads = {0, 3}, .rows = {11, 12}, .weights = {0.5f, 0.25f}}}}}});
+  generation.listener->OnDelta(
+      {.text = "y",
+       .token_ids = {9},
+       .memory_traces = {
+           {.position = 6, .token_id = 8, .layers = {{.layer = 4, .heads = {0, 3}, .rows = {11, 12}, .weights = {0.5f, 0.25f}}}}}});
   engine_->End(generation, engine::Finished{});
   EXPECT_EQ(program->ExitStatus(), 0);
   EXPECT_EQ(program->out(), "6\t8\t4\t0\t11\t0.500000\n6\t8\t4\t3\t12\t0.250000\n");
@@ -225,7 +230,9 @@ TEST_F(ClientTest, RowsAndCountsAndTracesArePrinted) {
   EXPECT_EQ(Run({"rows", "7", "2", "--layer=4"})->out(), "7\t70 71\n2\t20 21\n");
   EXPECT_EQ(Run({"row-stats", "--layer=4", "--top=1", "--reset", "9"})->out(),
             "reads: 4\ndistinct_rows: 1 of 1048576\nsince_seconds: 3.000\ntop\t0\t100\nrow\t9\t9\n");
-  AnswerWith({{.memory_traces = {{.position = 1, .token_id = 8, .layers = {{.layer = 4, .heads = {2}, .rows = {11}, .weights = {0.5f}}}}}}}, {});
+  AnswerWith({{.memory_traces =
+                   {{.position = 1, .token_id = 8, .layers = {{.layer = 4, .heads = {2}, .rows = {11}, .weights = {0.5f}}}}}}},
+             {});
   EXPECT_EQ(Run({"trace", "Hi", "--trace_entries=1", "--trace_tokens=3"})->out(), "1\t8\t4\t2\t11\t0.500000\n");
   EXPECT_EQ(nlohmann::json::parse(Run({"trace", "--json", "Hi"})->out()).at("tokens")[0].at("layers")[0].at("rows")[0], 11);
   EXPECT_EQ(status_, 0);
@@ -332,12 +339,30 @@ TEST_F(ClientTest, WrongUsageIsOneLineAndStatusOne) {
 TEST_F(ClientTest, HelpNamesEveryCommandAndFlag) {
   const auto program = Run({"--help"});
   EXPECT_EQ(status_, 0);
-  for (const char* word : {"complete", "score",   "tokenize",     "detokenize",        "model",         "load",      "tables",
-                           "abort",    "repeat",  "load_test", "--load_factors", "--long_prompt_tokens", "--address",    "--timeout_seconds", "--json",        "--add_bos", "--token_ids",
-                           "--memory", "--model", "--request_id", "--max_tokens",      "--temperature", "--top_k",   "--top_p",
-                           "--seed",   "--stop",  "--ignore_eos", "--logprobs",        "--stats",       "--count",   "Examples",  "--chat",  "--system",
-                           "  chat ",  "--allow_special", "  rows ", "  row-stats ", "  trace ", "--memory_knn", "--memory_layers", "--masked_rows", "--trace ", "--trace_entries",
-                           "--trace_tokens", "--layer", "--top=", "--reset"}) {
+  for (const char* word : {"complete",        "score",
+                           "tokenize",        "detokenize",
+                           "model",           "load",
+                           "tables",          "abort",
+                           "repeat",          "load_test",
+                           "--load_factors",  "--long_prompt_tokens",
+                           "--address",       "--timeout_seconds",
+                           "--json",          "--add_bos",
+                           "--token_ids",     "--memory",
+                           "--model",         "--request_id",
+                           "--max_tokens",    "--temperature",
+                           "--top_k",         "--top_p",
+                           "--seed",          "--stop",
+                           "--ignore_eos",    "--logprobs",
+                           "--stats",         "--count",
+                           "Examples",        "--chat",
+                           "--system",        "  chat ",
+                           "--allow_special", "  rows ",
+                           "  row-stats ",    "  trace ",
+                           "--memory_knn",    "--memory_layers",
+                           "--masked_rows",   "--trace ",
+                           "--trace_entries", "--trace_tokens",
+                           "--layer",         "--top=",
+                           "--reset"}) {
     EXPECT_THAT(program->out(), HasSubstr(word));
   }
 }
@@ -391,10 +416,14 @@ TEST_F(ClientTest, ALoadTestTellsRefusedFromFailedAndExpired) {
     absl::Status refused = absl::ResourceExhaustedError("max_waiting");
     engine::SetRetryAfter(absl::Milliseconds(250), &refused);
     switch (count++ % 4) {
-      case 0: return engine_->End(generation, refused);
-      case 1: return engine_->End(generation, absl::InternalError("broken"));
-      case 2: return engine_->End(generation, absl::DeadlineExceededError("too late"));
-      default: return AnswerThreeTokens(*engine_, generation);
+      case 0:
+        return engine_->End(generation, refused);
+      case 1:
+        return engine_->End(generation, absl::InternalError("broken"));
+      case 2:
+        return engine_->End(generation, absl::DeadlineExceededError("too late"));
+      default:
+        return AnswerThreeTokens(*engine_, generation);
     }
   };
   auto program = Run({"load_test", "--concurrency=1", "--requests=8", "--json"});

@@ -255,11 +255,12 @@ TEST_F(ProgramTest, HelpIsCompleteAndEndsWithZero) {
   Program program({MEMSERVE, "--help"});
   EXPECT_EQ(program.ExitStatus(), 0);
   for (const char* flag :
-       {"checkpoint",         "model_name",       "backend",       "devices",       "threads",           "isa",
-        "weight_dtype",       "activation_dtype", "table_dtype",   "kv_dtype",      "kv_cache_bytes",    "kv_page_size",
-        "max_context_tokens", "max_batch_tokens", "max_sequences", "max_waiting",   "max_prompt_bytes",  "dry_run",
-        "memory_limit_bytes", "grpc_address",     "port_file",     "drain_seconds", "stall_seconds", "convert_cache", "max_message_bytes", "max_unread_bytes",
-        "log_json",           "log_level",        "log_load_seconds", "kv_cache_fraction",        "allow_public",  "flagfile"}) {
+       {"checkpoint",         "model_name",       "backend",       "devices",       "threads",          "isa",
+        "weight_dtype",       "activation_dtype", "table_dtype",   "kv_dtype",      "kv_cache_bytes",   "kv_page_size",
+        "max_context_tokens", "max_batch_tokens", "max_sequences", "max_waiting",   "max_prompt_bytes", "dry_run",
+        "memory_limit_bytes", "grpc_address",     "port_file",     "drain_seconds", "stall_seconds",    "convert_cache",
+        "max_message_bytes",  "max_unread_bytes", "log_json",      "log_level",     "log_load_seconds", "kv_cache_fraction",
+        "allow_public",       "flagfile"}) {
     EXPECT_THAT(program.out(), HasSubstr(absl::StrCat("  --", flag)));
   }
 }

@@ -202,13 +202,15 @@ class FakeEngine final : public engine::Engine {
   void ReadRows(engine::ReadRowsRequest request, std::function<void(absl::StatusOr<engine::TableRows>)> callback) override {
     if (request.rows.empty()) return callback(absl::InvalidArgumentError("rows: has 0 rows; 1 to 256 are accepted"));
     engine::TableRows rows{.dim = 2};
-    for (const int32_t row : request.rows) rows.values.insert(rows.values.end(), {10.0f * static_cast<float>(row), 10.0f * static_cast<float>(row) + 1});
+    for (const int32_t row : request.rows)
+      rows.values.insert(rows.values.end(), {10.0f * static_cast<float>(row), 10.0f * static_cast<float>(row) + 1});
     callback(rows);
   }
   // What was asked is told back: the table's layer as reads, the reset as distinct rows, each row's own number as its count.
   void CountRows(engine::RowStatsRequest request, std::function<void(absl::StatusOr<engine::RowStats>)> callback) override {
     if (request.top > 1000) return callback(absl::InvalidArgumentError("top: is not in [0, 1000]"));
-    engine::RowStats stats{.table_rows = 1 << 20, .reads = static_cast<uint64_t>(request.layer.value_or(0)), .distinct_rows = request.reset ? 1 : 0};
+    engine::RowStats stats{
+        .table_rows = 1 << 20, .reads = static_cast<uint64_t>(request.layer.value_or(0)), .distinct_rows = request.reset ? 1 : 0};
     for (int32_t i = 0; i < request.top; ++i) stats.top.emplace_back(i, 100 - i);
     for (const int32_t row : request.rows) stats.counts.push_back(static_cast<uint32_t>(row));
     stats.since = absl::Seconds(3);

@@ -25,7 +25,8 @@ TEST(LoadLogTest, TellsWhatWasDoneSinceTheLastLineWhileThereIsWork) {
           .recent = {.median_seconds = 0.003, .p99_seconds = 0.0125}};
   EXPECT_EQ(log.Line(load, begin + absl::Seconds(9)), std::nullopt) << "not yet";
   EXPECT_EQ(log.Line(load, begin + absl::Seconds(10)),
-            "load: 7 running, 2 waiting (1 preempted, 30 tokens); pages 60 used, 15 cached, 25 free; prompt 400 tokens/s, drawn 20 tokens/s; "
+            "load: 7 running, 2 waiting (1 preempted, 30 tokens); pages 60 used, 15 cached, 25 free; prompt 400 tokens/s, drawn 20 "
+            "tokens/s; "
             "5 steps/s of 3.00 ms (median; p99 12.50)");
   load.requests = 0;
   EXPECT_EQ(log.Line(load, begin + absl::Seconds(20)), std::nullopt) << "nothing was done";

@@ -1,5 +1,5 @@
-// Thousands of calls from many clients at once: a third leave at random points, a tenth ask for what cannot be, some do not read. What
-// ends as it should is what it would be alone, and nothing is left behind.
+// Thousands of calls from many clients at once: a third leave at random points, a tenth ask for what cannot be, some do not read.
+// What ends as it should is what it would be alone, and nothing is left behind.
 #include <atomic>
 #include <memory>
 #include <random>
@@ -37,12 +37,24 @@ std::vector<v1::GenerateRequest> Kinds(const testing::GoldenCase& golden) {
 
 v1::GenerateRequest Wrong(v1::GenerateRequest request, unsigned way) {
   switch (way % 6) {
-    case 0: request.mutable_tokens()->add_ids(-7); break;
-    case 1: request.mutable_sampling()->set_top_p(-1); break;
-    case 2: for (int i = 0; i < 10000; ++i) request.mutable_stop()->add_strings("x"); break;
-    case 3: request.clear_prompt(); break;
-    case 4: request.set_model("another"); break;
-    case 5: (*request.mutable_sampling()->mutable_logit_bias())[1 << 29] = 1; break;
+    case 0:
+      request.mutable_tokens()->add_ids(-7);
+      break;
+    case 1:
+      request.mutable_sampling()->set_top_p(-1);
+      break;
+    case 2:
+      for (int i = 0; i < 10000; ++i) request.mutable_stop()->add_strings("x");
+      break;
+    case 3:
+      request.clear_prompt();
+      break;
+    case 4:
+      request.set_model("another");
+      break;
+    case 5:
+      (*request.mutable_sampling()->mutable_logit_bias())[1 << 29] = 1;
+      break;
   }
   return request;
 }
@@ -118,7 +130,8 @@ void Soak(int calls) {
           ++(!wrong && answer == solo[kind] ? equal : different);
         } else if (status.error_code() == grpc::StatusCode::CANCELLED) {
           ++left;
-        } else if (status.error_code() == grpc::StatusCode::INVALID_ARGUMENT || status.error_code() == grpc::StatusCode::NOT_FOUND) {
+        } else if (status.error_code() == grpc::StatusCode::INVALID_ARGUMENT ||
+                   status.error_code() == grpc::StatusCode::NOT_FOUND) {
           ++refused;
         } else {
           ++other;
@@ -167,8 +180,8 @@ void Soak(int calls) {
   EXPECT_EQ(load.running() + load.waiting() + load.requests(), 0);
   const int64_t growth = engine::ResidentBytes("VmRSS") / 1024 - resident_early;
   EXPECT_LT(growth, 24 << 10) << "KiB since a quarter of the calls";
-  std::printf("%d calls: %d equal to their solo run, %d left, %d refused, %d stalled readers stopped; %ld KiB grown\n", calls, equal.load(), left.load(),
-              refused.load(), stopped.load(), static_cast<long>(growth));
+  std::printf("%d calls: %d equal to their solo run, %d left, %d refused, %d stalled readers stopped; %ld KiB grown\n", calls,
+              equal.load(), left.load(), refused.load(), stopped.load(), static_cast<long>(growth));
 }
 
 TEST(ServerSoakTest, AThousandCallsLeaveNothingBehind) { Soak(1000); }

@@ -1,6 +1,6 @@
-// memserve-grammar MEMORY_BYTES MOST_BYTES MASK_TIMEOUT_MS: compiles grammars, and tries them, for an engine, which is at the other end of
-// the socket that is its standard input. A process of its own, so that one that takes too much time or memory can be killed. First frame:
-// the vocabulary; then one for each grammar, answered by one.
+// memserve-grammar MEMORY_BYTES MOST_BYTES MASK_TIMEOUT_MS: compiles grammars, and tries them, for an engine, which is at the other
+// end of the socket that is its standard input. A process of its own, so that one that takes too much time or memory can be killed.
+// First frame: the vocabulary; then one for each grammar, answered by one.
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -62,7 +62,8 @@ bool Answer(const std::shared_ptr<const GrammarVocabulary>& vocabulary, int voca
   if (absl::IsResourceExhausted(compiled.status())) return WriteFrame(GrammarAnswer::kTooLarge, "");
   if (!compiled.ok()) return WriteFrame(GrammarAnswer::kInvalid, std::string(compiled.status().message()));
   if (compiled->size() > most_bytes) {
-    return WriteFrame(GrammarAnswer::kInvalid, absl::StrCat("compiles to ", compiled->size(), " bytes; at most ", most_bytes, " are accepted"));
+    return WriteFrame(GrammarAnswer::kInvalid,
+                      absl::StrCat("compiles to ", compiled->size(), " bytes; at most ", most_bytes, " are accepted"));
   }
   const absl::StatusOr<std::shared_ptr<const Grammar>> grammar = ReadGrammar(vocabulary, structured.kind, *compiled);
   if (!grammar.ok()) return WriteFrame(GrammarAnswer::kTooLarge, "");

@@ -17,7 +17,6 @@
 
 #include "engine/engine.h"
 #include "tests/support/files.h"
-#include "tests/support/files.h"
 #include "tests/support/golden.h"
 
 namespace memserve::engine {
@@ -45,9 +44,11 @@ std::string OpenError(const std::string& header, const std::string& data) { retu
 
 TEST(CheckpointTest, ReadsTensorsOfAFile) {
   const TempFolder folder;
-  WriteFile(folder / "model.safetensors",
-        Safetensors(R"({"__metadata__":{"format":"pt"},"a":{"dtype":"BF16","shape":[2,3],"data_offsets":[4,16]},"b":{"dtype":"F32","shape":[],"data_offsets":[0,4]}})",
-                    "abcd0123456789AB"));
+  WriteFile(
+      folder / "model.safetensors",
+      Safetensors(
+          R"({"__metadata__":{"format":"pt"},"a":{"dtype":"BF16","shape":[2,3],"data_offsets":[4,16]},"b":{"dtype":"F32","shape":[],"data_offsets":[0,4]}})",
+          "abcd0123456789AB"));
   const std::unique_ptr<Checkpoint> checkpoint = Checkpoint::Open(folder.path()).value();
   ASSERT_NE(checkpoint->Find("a"), nullptr);
   EXPECT_EQ(Describe(*checkpoint->Find("a")), "bf16 [2, 3]");
@@ -87,7 +88,8 @@ TEST(CheckpointTest, WrongHeadersNameFileTensorExpectedAndFound) {
 
 TEST(CheckpointTest, AFileThatShrinksMeanwhileIsAnErrorNotASignal) {
   const TempFolder folder;
-  WriteFile(folder / "model.safetensors", Safetensors(R"({"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}})", "0123456789abcdef"));
+  WriteFile(folder / "model.safetensors",
+            Safetensors(R"({"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}})", "0123456789abcdef"));
   const std::unique_ptr<Checkpoint> checkpoint = Checkpoint::Open(folder.path()).value();
   ASSERT_EQ(truncate((folder / "model.safetensors").c_str(), 70), 0);
   char out[16];
@@ -165,7 +167,8 @@ TEST(CheckpointTest, AFileThatChangedSinceItWasOpenedIsReported) {
     return std::string(checkpoint->CheckUnchanged().message());
   };
   EXPECT_EQ(after([] {}), "");
-  EXPECT_THAT(after([&] { WriteFile(path + ".new", content), std::filesystem::rename(path + ".new", path); }), HasSubstr("changed while it was loaded"));
+  EXPECT_THAT(after([&] { WriteFile(path + ".new", content), std::filesystem::rename(path + ".new", path); }),
+              HasSubstr("changed while it was loaded"));
   EXPECT_THAT(after([&] { std::filesystem::last_write_time(path, std::filesystem::file_time_type::clock::now() + std::chrono::hours(1)); }),
               HasSubstr("changed while it was loaded"));
   EXPECT_THAT(after([&] { WriteFile(path, content + "x"); }), HasSubstr("now it has " + std::to_string(content.size() + 1)));
